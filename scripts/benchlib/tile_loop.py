@@ -1,0 +1,67 @@
+"""The floor: read the inputs tile by tile into one buffer, write as many bytes as the output has, compute nothing.
+
+    passes 1 to N-1   read every input
+    pass N            tile by tile: read every input, write one tile
+
+Needs no third-party package. Run as `python -m benchlib.tile_loop`.
+"""
+
+import argparse
+import mmap
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+TILE_BYTES = 8 << 20
+FDATASYNC_EVERY_TILES = 32  # 256 MiB, as a writer does that promises what it has finished
+
+
+def run_loop(inputs: Sequence[Path], output: Path, *, output_bytes: int, num_passes: int, fdatasync: bool) -> None:
+    buffer = mmap.mmap(-1, TILE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    buffer.write(b"\x3c" * TILE_BYTES)  # not zeros: the memory is touched before the loop starts
+    view = memoryview(buffer)
+    with ExitStack() as stack:
+        sources = [stack.enter_context(path.open("rb", buffering=0)).fileno() for path in inputs]
+        longest = max(os.fstat(source).st_size for source in sources)
+        for _ in range(num_passes - 1):
+            for offset in range(0, longest, TILE_BYTES):
+                for source in sources:
+                    os.preadv(source, [buffer], offset)
+        sink = stack.enter_context(output.open("wb", buffering=0)).fileno()
+        for tile, offset in enumerate(range(0, max(longest, output_bytes), TILE_BYTES), start=1):
+            for source in sources:
+                os.preadv(source, [buffer], offset)
+            if offset < output_bytes:
+                _write_fully(sink, view[: output_bytes - offset], offset)
+            if fdatasync and tile % FDATASYNC_EVERY_TILES == 0:
+                os.fdatasync(sink)
+        if fdatasync:
+            os.fdatasync(sink)
+
+
+def _write_fully(sink: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwritev(sink, [data], offset)
+        data, offset = data[written:], offset + written
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("inputs", nargs="+", type=Path)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output-bytes", type=int, required=True)
+    parser.add_argument("--passes", type=int, default=1)
+    parser.add_argument("--fdatasync", action="store_true")
+    options = parser.parse_args()
+    run_loop(
+        options.inputs,
+        options.output,
+        output_bytes=options.output_bytes,
+        num_passes=options.passes,
+        fdatasync=options.fdatasync,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Programs compiled ahead of time, kept between runs.
+
+A program is exported with a free number of blocks and turned by AOTInductor into a package with one shared library.
+Loading one takes milliseconds and no part of the compiler; making one takes ten to twenty seconds and a C++ compiler,
+so that happens in a child process, before the arena exists. Compiled and eager give the same bits (tested), so which
+of them ran is nobody's business but the clock's.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import xxhash
+from torch import Tensor
+
+from streammerge.kernels.contract import BLOCK, Arguments, Program, evaluate
+
+# What making packages costs: time of each, and memory of the child and its C++ compiler.
+SECONDS_TO_COMPILE = 15.0
+BYTES_TO_COMPILE = 1_200_000_000
+
+
+class Signature(NamedTuple):
+    """The types a program is used with: work dtype, stored dtypes of the inputs (base first), of the result or None."""
+
+    work: torch.dtype
+    inputs: tuple[torch.dtype, ...]
+    has_base: bool
+    out: torch.dtype | None
+
+    @property
+    def models(self) -> int:
+        return len(self.inputs) - self.has_base
+
+
+Run = Callable[[Sequence[Tensor], Tensor | None, Tensor, Tensor | None, Arguments], Tensor]
+
+
+def eager(program: Program, signature: Signature) -> Run:
+    """The program as it stands."""
+
+    def run(inputs: Sequence[Tensor], out: Tensor | None, starts: Tensor, keys: Tensor | None,
+            arguments: Arguments) -> Tensor:  # fmt: skip
+        return evaluate(program, signature.work, inputs, signature.has_base, out, starts, keys, arguments)
+
+    return run
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Compiled packages in one directory, named by everything that decides their bits and their speed."""
+
+    directory: Path
+
+    def package(self, program: Program, signature: Signature) -> Path:
+        text = f"{program.label} {signature} {_environment()}"
+        return self.directory / f"{xxhash.xxh3_128_hexdigest(text.encode())}.pt2"
+
+    def load(self, program: Program, signature: Signature, threads: int) -> Run | None:
+        """The compiled program, callable from `threads` threads at a time; None if it was never compiled."""
+        package = self.package(program, signature)
+        if not package.exists():
+            return None
+        # The loader of torch._inductor, without importing the compiler behind it (two seconds, 170 MB).
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, threads, -1)  # type: ignore[attr-defined]
+        names = [argument.name for argument in program.arguments]
+
+        def run(inputs: Sequence[Tensor], out: Tensor | None, starts: Tensor, keys: Tensor | None,
+                arguments: Arguments) -> Tensor:  # fmt: skip
+            flat = flatten(program, inputs, out, starts, keys, [arguments[name] for name in names])
+            result: list[Tensor] = loader.boxed_run(flat)
+            return result[0]
+
+        return run
+
+    def build(self, wanted: Sequence[tuple[Program, Signature]]) -> str | None:
+        """Compile the missing ones in a child process. Returns why it failed, or None."""
+        missing = [pair for pair in wanted if not self.package(*pair).exists()]
+        if not missing:
+            return None
+        if (reason := compiler_missing()) is not None:
+            return reason
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        request = pickle.dumps([(program, signature, self.package(program, signature)) for program, signature in missing])
+        # One compiler process at a time: the plan counts one.
+        environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "streammerge.kernels.compiler"],
+            input=request, env=environment, capture_output=True, check=False,
+        )  # fmt: skip
+        return None if done.returncode == 0 else (done.stderr.decode().strip().splitlines() or ["no message"])[-1]
+
+
+def default_cache() -> Cache:
+    """The cache of this user: $XDG_CACHE_HOME/streammerge/kernels, or ~/.cache/streammerge/kernels."""
+    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Cache(Path(root).expanduser() / "streammerge" / "kernels")
+
+
+def compiler_missing() -> str | None:
+    """Why nothing can be compiled here, or None."""
+    return None if shutil.which(os.environ.get("CXX", "g++")) else "there is no C++ compiler (g++, or CXX)"
+
+
+@cache
+def _environment() -> str:
+    """What else decides a package: our sources, torch, and the processor it was compiled for."""
+    sources = xxhash.xxh3_128()
+    package = Path(__file__).parent.parent
+    for file in sorted([*(package / "kernels").glob("*.py"), *(package / "methods").glob("*.py")]):
+        sources.update(file.read_bytes())
+    flags = ""
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{sources.hexdigest()} {torch.__version__} {platform.machine()} {flags}"
+
+
+def flatten(program: Program, inputs: Sequence[Tensor], out: Tensor | None, starts: Tensor,
+             keys: Tensor | None, arguments: Sequence[Tensor]) -> list[Tensor]:  # fmt: skip
+    """The inputs of a compiled program in their fixed order."""
+    flat = [*inputs]
+    if out is not None:
+        flat.append(out)
+    if program.needs_starts:
+        flat.append(starts)
+    if program.needs_keys:
+        assert keys is not None
+        flat.append(keys)
+    return flat + list(arguments)

@@ -1,0 +1,65 @@
+"""The child process that compiles: reads a pickled list of (program, signature, package path) and makes the packages.
+
+Its own process because the compiler takes hundreds of megabytes that the merge must not pay for.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from streammerge.kernels.compiled import Signature, flatten
+from streammerge.kernels.contract import BLOCK, Program, evaluate
+
+
+class _Flat(torch.nn.Module):
+    """A program as a module that takes its inputs in the order of `flatten`."""
+
+    def __init__(self, program: Program, signature: Signature) -> None:
+        super().__init__()
+        self._program, self._signature = program, signature
+
+    def forward(self, flat: tuple[Tensor, ...]) -> Tensor:
+        program, signature = self._program, self._signature
+        rest = list(flat)
+        inputs = [rest.pop(0) for _ in signature.inputs]
+        out = rest.pop(0) if signature.out is not None else None
+        starts = rest.pop(0) if program.needs_starts else None
+        keys = rest.pop(0) if program.needs_keys else None
+        arguments = {argument.name: rest.pop(0) for argument in program.arguments}
+        return evaluate(program, signature.work, inputs, signature.has_base, out, starts, keys, arguments)
+
+
+def _example(program: Program, signature: Signature) -> list[Tensor]:
+    blocks = 2
+    sizes = [[signature.models if size == "K" else size for size in a.shape] for a in program.arguments]
+    return flatten(
+        program,
+        [torch.zeros(blocks, BLOCK, dtype=dtype) for dtype in signature.inputs],
+        None if signature.out is None else torch.zeros(blocks, BLOCK, dtype=signature.out),
+        torch.zeros(blocks, 1, dtype=torch.int64),
+        torch.zeros(blocks, signature.models, 2, dtype=torch.int32),
+        [torch.zeros(s, dtype=a.dtype or signature.work) for s, a in zip(sizes, program.arguments, strict=True)],
+    )
+
+
+def compile_program(program: Program, signature: Signature, package: Path) -> None:
+    """Export, compile and save one program; `package` appears when it is complete."""
+    flat = _example(program, signature)
+    blocks = torch.export.Dim("blocks", min=1, max=1 << 20)
+    tiles = len(flat) - len(program.arguments)
+    shapes = tuple({0: blocks} if i < tiles else None for i in range(len(flat)))
+    exported = torch.export.export(_Flat(program, signature), (tuple(flat),), dynamic_shapes=(shapes,))
+    partial = package.with_name(f"{package.stem}.{os.getpid()}.pt2")
+    torch._inductor.aoti_compile_and_package(exported, package_path=str(partial))
+    partial.rename(package)
+
+
+if __name__ == "__main__":
+    for request in pickle.load(sys.stdin.buffer):
+        compile_program(*request)

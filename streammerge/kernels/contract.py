@@ -1,0 +1,186 @@
+"""What a merge method is.
+
+A method sees numbers only. Its `program` is a pure function of one tile; what it must know of the whole tensor first,
+it finds by looking: `measure` is a generator that yields `Look`s (run this program over these elements), is sent the
+answers, and returns the arguments of the program.
+
+    arguments = measure(problem)           # yields looks, if the method needs any
+    for each tile: out = program(tile, arguments)
+
+A tile is whole blocks of 65,536 elements. The last block of a tensor is filled up with zeros; a program must give the
+same result for an element wherever its block lies, so results never depend on tile sizes or threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK = 65536
+
+Arguments = Mapping[str, Tensor]
+Value = float | bool
+
+
+class Tile(NamedTuple):
+    """What a program sees. All of `base` and `models` have shape (blocks, BLOCK) and the work dtype.
+
+    `starts` (blocks, 1) int64 is the index in the tensor of each block's first element; `keys` (blocks, models, 2)
+    int32 are the keys of the random bits. They are None unless the program asks for them.
+    """
+
+    base: Tensor | None
+    models: Sequence[Tensor]
+    starts: Tensor | None
+    keys: Tensor | None
+
+    def deltas(self) -> list[Tensor]:
+        """Each model minus the base."""
+        assert self.base is not None
+        return [model - self.base for model in self.models]
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of a program: `shape` counts models as "K"; a `dtype` of None is the work dtype."""
+
+    name: str
+    shape: tuple[int | Literal["K"], ...] = ("K",)
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Program:
+    """A pure function of a tile that can be run eagerly or compiled, with the same bits.
+
+    `function(tile, arguments, **options)` gives the merged tile (blocks, BLOCK) when `merges`, else partial results
+    with blocks as their first dimension. It must be importable by its module and name.
+    """
+
+    function: Callable[..., Tensor]
+    arguments: tuple[Argument, ...] = ()
+    options: tuple[tuple[str, bool | int | str], ...] = ()
+    merges: bool = False
+    needs_starts: bool = False
+    needs_keys: bool = False
+
+    @property
+    def label(self) -> str:
+        """`streammerge.methods.ties:apply(consensus=True)`: what a profile or a cache calls it."""
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options)
+        return f"{self.function.__module__}:{self.function.__qualname__}({options})"
+
+    def __call__(self, tile: Tile, arguments: Arguments) -> Tensor:
+        return self.function(tile, arguments, **dict(self.options))
+
+
+@dataclass(frozen=True)
+class Look:
+    """A question about the tensor: run `program` over `spans` of it, or over all of it.
+
+    `spans` are (first element, number of elements); they are packed one after the other into blocks. The answer is
+    the partial results of all blocks in order, concatenated. With `digest`, every piece of partial results (some whole
+    blocks) is handed to it with its tile starts, and the answer is the list of what it returns, in order.
+    """
+
+    program: Program
+    arguments: Arguments
+    spans: tuple[tuple[int, int], ...] | None = None
+    digest: Callable[[Tensor, Tensor], Any] | None = None
+
+
+Measuring = Generator[Look, Any, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Param:
+    """One parameter of a recipe. A `default` of None means that the recipe must give it."""
+
+    name: str
+    meaning: str
+    default: Value | None = None
+    per_model: bool = False
+    boolean: bool = False
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The parameters of one tensor, resolved: `shared` by name, `models` one value per non-base model."""
+
+    shared: Mapping[str, Value | None]
+    models: Mapping[str, tuple[Value | None, ...]]
+
+    def number(self, name: str) -> float:
+        value = self.shared[name]
+        assert value is not None
+        return float(value)
+
+    def flag(self, name: str) -> bool:
+        return bool(self.shared[name])
+
+    def numbers(self, name: str) -> list[float]:
+        return [float(value) for value in self.models[name] if value is not None]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One tensor to merge, as `measure` sees it: its size, number of models, parameters, and the work dtype."""
+
+    elements: int
+    models: int
+    settings: Settings
+    work: torch.dtype
+
+    def tensor(self, values: Sequence[float]) -> Tensor:
+        """Numbers as an argument of a program."""
+        return torch.tensor(values, dtype=self.work)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge method: its declaration and its functions. One instance per file in `methods/`."""
+
+    name: str
+    doc: str
+    params: tuple[Param, ...]
+    base: Literal["required", "ignored"]
+    min_models: int
+    max_models: int | None
+    # The program that merges, for given settings.
+    program: Callable[[Settings], Program]
+    measure: Callable[[Problem], Measuring]
+    # How often the inputs are looked at, the merging pass included, when nothing stays in memory.
+    passes: Callable[[Settings], int]
+    # Other programs that `measure` may run over whole tensors: worth compiling.
+    looks: Callable[[Settings], tuple[Program, ...]] = field(default=lambda settings: ())
+    # The input whose values are the result as they stand (0 is the base where there is one), or None.
+    copies: Callable[[Settings], int | None] = field(default=lambda settings: None)
+    # Problems with settings of one tensor, as sentences.
+    check: Callable[[Settings], list[str]] = field(default=lambda settings: [])
+
+
+def evaluate(program: Program, work: torch.dtype, inputs: Sequence[Tensor], has_base: bool, out: Tensor | None,
+             starts: Tensor | None, keys: Tensor | None, arguments: Arguments) -> Tensor:  # fmt: skip
+    """Run a program on stored inputs, each (blocks, BLOCK) of any float dtype; base first if `has_base`.
+
+    A merging program writes `out`, rounding once (to nearest, ties to even), and returns per block 0, or NaN when an
+    input or the result is not finite. Others return their partial results.
+    """
+    values = [stored.to(work) for stored in inputs]
+    tile = Tile(values[0] if has_base else None, values[has_base:], starts, keys)
+    result = program(tile, arguments)
+    if out is None:
+        return result
+    stored_result = result.to(out.dtype)
+    out.copy_(stored_result)
+    rounded = stored_result.to(work)
+    # x - x is 0 for every finite x and NaN otherwise: one sum tells whether to look closer.
+    probe = rounded - rounded
+    for value in values:
+        probe = probe + (value - value)
+    return probe.sum(-1)

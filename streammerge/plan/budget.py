@@ -1,0 +1,154 @@
+"""The schedule: how a plan runs inside a number of bytes. Printed, never hashed: it changes the speed, not the bits.
+
+The budget is for the whole process:
+
+    limit = baseline (interpreter and torch, measured) + reserve (5 %, at least 64 MiB)
+          + work (temporaries of the arithmetic) + dirty (written, not yet on disk) + arena
+
+The arena is one piece of memory, cut into equal slots. A slot holds one tile of every input and of the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from streammerge.base.dtypes import DTYPES
+from streammerge.base.errors import DoesNotFit
+from streammerge.base.units import format_size
+from streammerge.kernels.contract import BLOCK
+from streammerge.plan.plan import Plan, TensorPlan
+
+MIB = 1 << 20
+# Tiles of 2 Mi elements: reads of 4 MiB per bf16 input. Larger ones were not faster (docs/bench.md).
+_TILE_BLOCKS = 32
+_SLOTS = 6
+_FEWEST_SLOTS = 3
+SCRATCH_BLOCKS = 4
+# More memory than this is used only when it is allowed and keeps the inputs of a tensor for its later passes.
+_DEFAULT_ARENA = 192 * MIB
+# Temporaries of one thread on one block of eager code with float32 work: measured 8 MiB for ties with two models.
+_WORK_PER_THREAD = 12 * MIB
+_WORK_PER_MODEL = 2 * MIB
+_MOST_DIRTY, _LEAST_DIRTY = 256 * MIB, 16 * MIB
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Sizes of one run. `tile_blocks` of 65,536 elements make a tile; `slots` tiles are in memory at a time."""
+
+    limit_bytes: int
+    baseline_bytes: int
+    work_bytes: int
+    dirty_bytes: int
+    tile_blocks: int
+    slot_bytes: int
+    slots: int
+    threads: int
+    # Passes over a tensor's inputs are saved when it has at most so many tiles: they stay in their slots.
+    resident_tiles: int
+    bytes_to_read: int
+    # Of a tensor that is read again, so much is left in the page cache meanwhile: memory nobody else claims.
+    cache_bytes: int
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Room for the samples and single blocks that some methods look at."""
+        return self.slot_bytes // self.tile_blocks * SCRATCH_BLOCKS
+
+    @property
+    def arena_bytes(self) -> int:
+        return self.slots * self.slot_bytes + self.scratch_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """The planned peak of the process."""
+        return self.baseline_bytes + self.work_bytes + self.dirty_bytes + self.arena_bytes
+
+
+def tiles_of(tensor: TensorPlan, tile_blocks: int) -> int:
+    """How many tiles a tensor has."""
+    return -(-tensor.elements // (tile_blocks * BLOCK))
+
+
+def tile_bytes(tensor: TensorPlan, tile_blocks: int) -> int:
+    """What one tile of a tensor takes in a slot: a part for every input, and one for the output."""
+    itemsizes = sum(DTYPES[tensor.inputs[i].dtype].itemsize for i in tensor.read_inputs)
+    output = DTYPES[tensor.dtype].itemsize if tensor.action == "merge" else 0
+    return (itemsizes + output) * tile_blocks * BLOCK
+
+
+def make_schedule(plan: Plan, *, limit_bytes: int, limited_by: str, allowed: bool, available_bytes: int,
+                  baseline_bytes: int, threads: int) -> Schedule:  # fmt: skip
+    """Cut `limit_bytes` up. `allowed` says that the user named the limit, so that all of it may be used.
+
+    `available_bytes` is what machine and cgroups would give this process, the limit apart.
+
+    Raises DoesNotFit with the smallest limit that would do; `limited_by` says in the message where it came from.
+    """
+    models = max(len(tensor.inputs) for tensor in plan.tensors)
+    work = threads * (_WORK_PER_THREAD + models * _WORK_PER_MODEL)
+    dirty = max(_LEAST_DIRTY, min(_MOST_DIRTY, limit_bytes // 8))
+    fixed = baseline_bytes + work + dirty
+    room = limit_bytes - _reserve(limit_bytes) - fixed
+    largest = max(tile_bytes(tensor, 1) for tensor in plan.tensors)
+    fewest = (_FEWEST_SLOTS + SCRATCH_BLOCKS) * largest
+
+    if room < fewest:
+        smallest = _smallest_limit(baseline_bytes + work + _LEAST_DIRTY + fewest)
+        if smallest > limit_bytes:
+            raise DoesNotFit(
+                f"{format_size(limit_bytes)} of memory ({limited_by}) is too little for this merge: the interpreter "
+                f"and torch take {format_size(baseline_bytes)}, arithmetic on {threads} threads "
+                f"{format_size(work)}, the smallest buffers {format_size(fewest)}, besides a "
+                f"reserve. The smallest budget that works is {-(-smallest // 1_000_000)}MB."
+            )
+        dirty = _LEAST_DIRTY
+        room = limit_bytes - _reserve(limit_bytes) - (baseline_bytes + work + dirty)
+
+    room -= SCRATCH_BLOCKS * largest
+    tile_blocks = min(_TILE_BLOCKS, max(-(-tensor.elements // BLOCK) for tensor in plan.tensors) or 1)
+    while tile_blocks > 1 and room // (tile_blocks * largest) < _SLOTS:
+        tile_blocks = -(-tile_blocks // 2)
+    slot = tile_blocks * largest
+    wanted = _slots_wanted(plan, tile_blocks)
+    if not allowed:
+        wanted = min(wanted, max(_SLOTS, _DEFAULT_ARENA // slot))
+    slots = max(_FEWEST_SLOTS, min(wanted, room // slot))
+    # Half of the slots go on reading ahead while the tiles of the tensor in work stay in the other half.
+    resident = slots // 2
+    return Schedule(
+        limit_bytes=limit_bytes,
+        baseline_bytes=baseline_bytes,
+        work_bytes=work,
+        dirty_bytes=dirty,
+        tile_blocks=tile_blocks,
+        slot_bytes=slot,
+        slots=slots,
+        threads=threads,
+        resident_tiles=resident,
+        bytes_to_read=_bytes_to_read(plan, lambda tensor: tiles_of(tensor, tile_blocks) <= resident),
+        cache_bytes=max(0, (available_bytes - limit_bytes) // 2) if allowed else available_bytes // 2,
+    )
+
+
+def _slots_wanted(plan: Plan, tile_blocks: int) -> int:
+    """Enough to read ahead, and to keep the largest tensor that is looked at more than once."""
+    kept = [tiles_of(tensor, tile_blocks) for tensor in plan.tensors if plan.passes(tensor) > 1]
+    return max(_SLOTS, 2 * max(kept, default=0))
+
+
+def _bytes_to_read(plan: Plan, stays: Callable[[TensorPlan], bool]) -> int:
+    return sum(
+        sum(tensor.inputs[i].nbytes for i in tensor.read_inputs) * (1 if stays(tensor) else plan.passes(tensor))
+        for tensor in plan.tensors
+    )
+
+
+def _reserve(limit: int) -> int:
+    return max(limit // 20, 64 * MIB)
+
+
+def _smallest_limit(need: int) -> int:
+    """The least limit that leaves `need` after its reserve."""
+    return max(need + 64 * MIB, -(-need * 20 // 19) + 1)

@@ -1,0 +1,323 @@
+"""The plan: everything about the output that is fixed before a tensor byte is read.
+
+`build_plan` is pure: recipe and headers in, plan out, or one error with every problem. Its digest names the output:
+same digest, same bytes. Memory, threads, tile sizes and devices are not in it; they are the schedule's (budget.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import xxhash
+
+from streammerge.base.dtypes import DTYPES, promote
+from streammerge.base.errors import RecipeError, ShapeMismatch
+from streammerge.kernels.contract import Method, Param, Settings, Value
+from streammerge.plan.layout import ShardLayout, lay_out
+from streammerge.plan.names import gradient_positions
+from streammerge.plan.recipe import Recipe
+from streammerge.plan.setting import Setting, value_at
+from streammerge.storage.checkpoint import Checkpoint, TensorSpec
+
+# Raised when a change alters the bytes of an output.
+FORMAT = 1
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One output tensor: where its inputs are, what is done, and where its bytes go.
+
+    `inputs` has one entry per checkpoint, base first. A "copy" takes the bytes of `inputs[source]` as they are; an
+    "equal" does so after making sure that all inputs agree (integers are never computed with). `work` is the dtype of
+    the arithmetic, F32 or F64.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    elements: int
+    inputs: tuple[TensorSpec, ...]
+    action: Literal["merge", "copy", "equal"]
+    source: int
+    work: str
+    settings: Settings
+    shard: int
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.elements * DTYPES[self.dtype].itemsize
+
+    @property
+    def read_inputs(self) -> tuple[int, ...]:
+        """The inputs whose bytes are needed."""
+        return (self.source,) if self.action == "copy" else tuple(range(len(self.inputs)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a merge will write. `tensors` are in the order of the output bytes: shard by shard, by offset."""
+
+    recipe: Recipe
+    checkpoints: tuple[Checkpoint, ...]
+    tensors: tuple[TensorPlan, ...]
+    shards: tuple[ShardLayout, ...]
+    seed: int
+    facts: dict[str, Any]
+
+    @property
+    def method(self) -> Method:
+        return self.recipe.method
+
+    @property
+    def has_base(self) -> bool:
+        return self.recipe.base is not None
+
+    @cached_property
+    def digest(self) -> str:
+        """xxh3-128 of the facts, as canonical JSON."""
+        text = json.dumps(self.facts, sort_keys=True, separators=(",", ":"))
+        return xxhash.xxh3_128_hexdigest(text.encode())
+
+    @cached_property
+    def bytes_to_write(self) -> int:
+        return sum(shard.nbytes for shard in self.shards)
+
+    def passes(self, tensor: TensorPlan) -> int:
+        """How often the inputs of a tensor are read when they do not stay in memory."""
+        return self.method.passes(tensor.settings) if tensor.action == "merge" else 1
+
+
+def build_plan(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, seed: int, shard_bytes: int) -> Plan:
+    """The plan of `recipe` over its checkpoints (one per `recipe.inputs`, in that order).
+
+    Raises ShapeMismatch when only shapes disagree, RecipeError for everything else; both name every tensor (the first
+    ten) that is wrong.
+    """
+    names = list(checkpoints[0].tensors)
+    problems = _names_problems(recipe, checkpoints)
+    if problems:
+        raise RecipeError(str(recipe.path), _shorten(problems))
+    _check_shapes(recipe, checkpoints)
+    _check_dtypes(recipe, checkpoints)
+
+    settings = _resolve_settings(recipe, names)
+    drafts: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name in names:
+        spec = checkpoints[0].tensors[name]
+        drafts[name] = (_output_dtype(recipe, [checkpoint.tensors[name] for checkpoint in checkpoints]), spec.shape)
+    shards = lay_out(drafts, shard_bytes)
+    tensors = tuple(
+        _tensor_plan(recipe, checkpoints, settings[entry.name], entry.name, entry.dtype, number, entry.start)
+        for number, shard in enumerate(shards)
+        for entry in shard.entries
+    )
+    return Plan(recipe, tuple(checkpoints), tensors, shards, seed, _facts(recipe, checkpoints, tensors, shards, seed))
+
+
+def _tensor_plan(recipe: Recipe, checkpoints: Sequence[Checkpoint], settings: Settings, name: str, dtype: str,
+                 shard: int, offset: int) -> TensorPlan:  # fmt: skip
+    inputs = tuple(checkpoint.tensors[name] for checkpoint in checkpoints)
+    action: Literal["merge", "copy", "equal"] = "merge"
+    source = 0
+    if DTYPES[inputs[0].dtype].kind == "exact":
+        action = "copy" if len(inputs) == 1 else "equal"
+    else:
+        copied = recipe.method.copies(settings)
+        if copied is not None and inputs[copied].dtype == dtype:
+            action, source = "copy", copied
+    work = "F64" if "F64" in {dtype, *(spec.dtype for spec in inputs)} else "F32"
+    first = inputs[0]
+    return TensorPlan(
+        name, dtype, first.shape, first.elements, inputs, action, source, work, settings, shard, offset
+    )  # fmt: skip
+
+
+def _output_dtype(recipe: Recipe, inputs: Sequence[TensorSpec]) -> str:
+    if DTYPES[inputs[0].dtype].kind == "exact":
+        return inputs[0].dtype
+    return recipe.out_dtype or recipe.dtype or promote([spec.dtype for spec in inputs])
+
+
+def _names_problems(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> list[str]:
+    problems = []
+    first, *others = zip(recipe.inputs, checkpoints, strict=True)
+    for other_input, other in others:
+        for name in first[1].tensors:
+            if name not in other.tensors:
+                problems.append(f"tensor {name!r} is in {first[0].model} and not in {other_input.model}")
+        for name in other.tensors:
+            if name not in first[1].tensors:
+                problems.append(f"tensor {name!r} is in {other_input.model} and not in {first[0].model}")
+    if problems:
+        problems.append("every model must hold the same tensors: are these models of one architecture?")
+    return problems
+
+
+def _check_shapes(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> None:
+    wrong = []
+    for name, spec in checkpoints[0].tensors.items():
+        shapes = [checkpoint.tensors[name].shape for checkpoint in checkpoints]
+        if any(shape != spec.shape for shape in shapes):
+            wrong.append((name, shapes))
+    if not wrong:
+        return
+    name, shapes = wrong[0]
+    width = max(len(source.model) for source in recipe.inputs)
+    rows = [
+        f"  {'base ' if i == 0 and recipe.base else 'model'}  {source.model:<{width}}  {list(shape)}"
+        for i, (source, shape) in enumerate(zip(recipe.inputs, shapes, strict=True))
+    ]
+    more = "" if len(wrong) == 1 else f"\nSo do {len(wrong) - 1} more: " + _listing([name for name, _ in wrong[1:]])
+    rows_differ = all(len({shape[1:] for shape in shapes}) == 1 for _, shapes in wrong)
+    advice = (
+        "These look like vocabularies of different size: models must share one until tokenizers can be merged."
+        if rows_differ and any(word in name for word in ("embed", "wte", "lm_head"))
+        else "Are these models of one architecture and size?"
+    )
+    raise ShapeMismatch(
+        f"{name} differs between inputs\n" + "\n".join(rows) + more
+        + f"\n{recipe.method.name} needs equal shapes. {advice}"
+    )  # fmt: skip
+
+
+def _check_dtypes(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> None:
+    problems = []
+    for name in checkpoints[0].tensors:
+        dtypes = [checkpoint.tensors[name].dtype for checkpoint in checkpoints]
+        kinds = {DTYPES[dtype].kind for dtype in dtypes}
+        if "quantised" in kinds:
+            problems.append(f"tensor {name!r} is stored as {_listing(dtypes)}: quantised weights cannot be merged yet; "
+                            f"convert the model to bfloat16 first")  # fmt: skip
+        elif "exact" in kinds and len(set(dtypes)) > 1:
+            problems.append(f"tensor {name!r} is {_listing(dtypes)} in the inputs: integers are copied, and only when "
+                            f"every input has the same")  # fmt: skip
+    if problems:
+        raise RecipeError(str(recipe.path), _shorten(problems))
+
+
+def _resolve_settings(recipe: Recipe, names: Sequence[str]) -> dict[str, Settings]:
+    """The parameters of every tensor. Raises RecipeError."""
+    positions = gradient_positions(names)
+    problems: dict[str, None] = {}
+    made: dict[tuple[Value | None, ...], Settings] = {}
+    finders = [_finder(recipe, param) for param in recipe.method.params]
+    settings = {}
+    for name in names:
+        found = [find(name, positions[name], problems) for find in finders]
+        key = tuple(value for values in found for value in values)
+        if key not in made:
+            pairs = list(zip(recipe.method.params, found, strict=True))
+            made[key] = Settings(
+                {param.name: values[0] for param, values in pairs if not param.per_model},
+                {param.name: values for param, values in pairs if param.per_model},
+            )
+            if not problems:
+                problems |= dict.fromkeys(recipe.method.check(made[key]))
+        settings[name] = made[key]
+    if problems:
+        raise RecipeError(str(recipe.path), _shorten(list(problems)))
+    return settings
+
+
+Finder = Callable[[str, float, dict[str, None]], tuple[Value | None, ...]]
+
+
+def _finder(recipe: Recipe, param: Param) -> Finder:
+    """Finds the values of one parameter for a tensor: one per model, or one in all.
+
+    What a model says comes before what the recipe says for all, that before the default.
+    """
+    shared = recipe.parameters.get(param.name, ())
+    models = [source.parameters.get(param.name, ()) for source in recipe.models] if param.per_model else [()]
+
+    def find(name: str, position: float, problems: dict[str, None]) -> tuple[Value | None, ...]:
+        values = []
+        for i, own in enumerate(models):
+            value = None
+            for setting in (own, shared):
+                try:
+                    value = value_at(setting, name, position, param)
+                except ValueError as error:
+                    problems[f"{param.name}: {error}"] = None
+                if value is not None:
+                    break
+            if value is None:
+                value = param.default
+            if value is None and not param.optional:
+                owner = f" of {recipe.models[i].model}" if param.per_model else ""
+                problems[f"{recipe.method.name} needs {param.name}{owner} for {name}"] = None
+                value = 0.0  # goes on to find the other problems
+            values.append(value)
+        return tuple(values)
+
+    constant = all(_is_constant(setting) for setting in (*models, shared))
+    if not constant:
+        return find
+    answers: list[tuple[Value | None, ...]] = []
+
+    def find_once(name: str, position: float, problems: dict[str, None]) -> tuple[Value | None, ...]:
+        if not answers:
+            answers.append(find(name, position, problems))
+        return answers[0]
+
+    return find_once
+
+
+def _is_constant(setting: Setting) -> bool:
+    return not setting or (setting[0].filter in (None, "*") and len(setting[0].values) == 1)
+
+
+def _facts(recipe: Recipe, checkpoints: Sequence[Checkpoint], tensors: Sequence[TensorPlan],
+           shards: Sequence[ShardLayout], seed: int) -> dict[str, Any]:  # fmt: skip
+    """What the digest is made of, and what a refusal to resume compares."""
+    return {
+        "format": FORMAT,
+        "method": recipe.method.name,
+        "seed": seed,
+        "dtype": recipe.dtype,
+        "out_dtype": recipe.out_dtype,
+        "inputs": [
+            {
+                "model": source.model,
+                "files": {file.name: [file.size, file.mtime_ns, file.header] for file in checkpoint.files},
+            }
+            for source, checkpoint in zip(recipe.inputs, checkpoints, strict=True)
+        ],
+        "shards": {shard.name: xxhash.xxh3_128_hexdigest(shard.header) for shard in shards},
+        "parameters": _parameter_facts(tensors),
+    }
+
+
+def _parameter_facts(tensors: Sequence[TensorPlan]) -> dict[str, Any]:
+    """The parameters, and for each set of them the tensors that have it."""
+    groups: dict[str, list[str]] = {}
+    for tensor in tensors:
+        groups.setdefault(_settings_text(tensor.settings), []).append(tensor.name)
+    return {
+        text: xxhash.xxh3_128_hexdigest("\n".join(sorted(names)).encode()) for text, names in sorted(groups.items())
+    }
+
+
+def _settings_text(settings: Settings) -> str:
+    values: Mapping[str, Any] = {**settings.shared, **settings.models}
+    return ", ".join(f"{name} {_values_text(value)}" for name, value in sorted(values.items()))
+
+
+def _values_text(value: Any) -> str:
+    return "/".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _shorten(problems: list[str]) -> list[str]:
+    if len(problems) <= _SHOWN + 1:
+        return problems
+    return [*problems[:_SHOWN], f"and {len(problems) - _SHOWN} more"]
+
+
+def _listing(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,145 @@
+"""The lane of one GPU: tiles go through a small ring of device buffers, three streams at work at once.
+
+    copy in    waits for the ring buffer to be free       host slot -> ring buffer
+    compute    waits for the copy in                      programs, eagerly
+    copy out   waits for compute                          ring buffer -> the slot's output area
+
+Order is kept by events; the host waits only where it needs a result. The arena is pinned in place, so copies are
+direct. Not yet run on a GPU: see docs/design.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streammerge.base.errors import DoesNotFit, StreamMergeError, UserError
+from streammerge.base.units import format_size
+from streammerge.kernels.compiled import Signature
+from streammerge.kernels.contract import Arguments, Look, Program, evaluate
+from streammerge.run.arena import Arena
+from streammerge.run.lane import Merged, count_nonfinite
+
+_RING = 3
+# Temporaries of eager programs, in tiles of float32 per input: measured on the processor, where they are the same.
+_TEMPORARIES = 8
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of `--device cpu|cuda|cuda:N|auto`. Raises UserError when there is none such."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device: {name!r} is none of cpu, cuda, cuda:N, auto.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device: {name} is not there; torch sees {torch.cuda.device_count()} CUDA devices.")
+    return device
+
+
+@dataclass
+class _Buffer:
+    """One place of the ring, and the event after which it may be filled again."""
+
+    memory: Tensor
+    free: torch.cuda.Event
+
+
+class CudaLane:
+    """One GPU. Owns the ring, the streams and the pinning of the arena."""
+
+    def __init__(self, device: torch.device, arena: Arena, limit_bytes: int | None) -> None:
+        """Raises DoesNotFit when the ring and its temporaries need more than `limit_bytes` or than is free."""
+        self._device = device
+        torch.cuda.set_device(device)
+        free, total = torch.cuda.mem_get_info(device)
+        limit = min(free, limit_bytes or free)
+        need = _RING * arena.slot_bytes + _TEMPORARIES * 2 * arena.slot_bytes
+        if need > limit:
+            raise DoesNotFit(
+                f"{device}: this merge needs {format_size(need)} of GPU memory, {format_size(limit)} may be used. "
+                f"Give a larger --max-gpu-memory or a smaller --max-memory (its tiles are smaller)."
+            )
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+        self._arena = arena.tensor
+        self._check(torch.cuda.cudart().cudaHostRegister(self._arena.data_ptr(), self._arena.nbytes, 0))  # type: ignore[no-untyped-call]
+        self._copy_in, self._compute, self._copy_out = (torch.cuda.Stream(device) for _ in range(3))
+        self._ring = [
+            _Buffer(torch.empty(arena.slot_bytes, dtype=torch.uint8, device=device), torch.cuda.Event())
+            for _ in range(_RING)
+        ]
+        self._turn = 0
+
+    def look(self, look: Look, signature: Signature, inputs: Sequence[Tensor], starts: Tensor,
+             keys: Tensor | None) -> list[Any]:  # fmt: skip
+        buffer, values, _, copied = self._upload(inputs, None)
+        with torch.cuda.stream(self._compute):
+            result = evaluate(look.program, signature.work, values, signature.has_base, None, self._small(starts),
+                              self._small(keys), self._arguments(look.arguments))  # fmt: skip
+            buffer.free.record(self._compute)
+            host = result.cpu()
+        copied.synchronize()
+        return [host if look.digest is None else look.digest(host, starts)]
+
+    def merge(self, program: Program, signature: Signature, inputs: Sequence[Tensor], out: Tensor, elements: int,
+              starts: Tensor, keys: Tensor | None, arguments: Arguments) -> Merged:  # fmt: skip
+        buffer, values, result, _ = self._upload(inputs, out)
+        assert result is not None
+        with torch.cuda.stream(self._compute):
+            evaluate(program, signature.work, values, signature.has_base, result, self._small(starts),
+                     self._small(keys), self._arguments(arguments))  # fmt: skip
+            counts = torch.stack([count_nonfinite(x, elements) for x in (*values, result)])
+            computed = torch.cuda.Event()
+            computed.record(self._compute)
+        with torch.cuda.stream(self._copy_out):
+            self._copy_out.wait_event(computed)
+            out.copy_(result, non_blocking=True)
+            buffer.free.record(self._copy_out)
+            done = torch.cuda.Event()
+            done.record(self._copy_out)
+
+        def nonfinite() -> tuple[list[int], int]:
+            *before, after = counts.tolist()
+            return before, after
+
+        return Merged(done.synchronize, nonfinite)
+
+    def close(self) -> None:
+        torch.cuda.synchronize(self._device)
+        self._check(torch.cuda.cudart().cudaHostUnregister(self._arena.data_ptr()))  # type: ignore[no-untyped-call]
+
+    def _upload(self, inputs: Sequence[Tensor], out: Tensor | None) -> tuple[_Buffer, list[Tensor], Tensor | None, torch.cuda.Event]:
+        """Start copying a tile to the next buffer; compute waits for it. The result's place is after the inputs."""
+        buffer = self._ring[self._turn]
+        self._turn = (self._turn + 1) % _RING
+        places = []
+        start = 0
+        for tensor in inputs if out is None else (*inputs, out):
+            places.append(buffer.memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
+            start += tensor.nbytes
+        copied = torch.cuda.Event()
+        with torch.cuda.stream(self._copy_in):
+            self._copy_in.wait_event(buffer.free)
+            for place, tensor in zip(places, inputs, strict=False):
+                place.copy_(tensor, non_blocking=True)
+            copied.record(self._copy_in)
+        self._compute.wait_event(copied)
+        return buffer, places[: len(inputs)], None if out is None else places[-1], copied
+
+    def _small(self, tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(self._device)
+
+    def _arguments(self, arguments: Arguments) -> dict[str, Tensor]:
+        return {name: value.to(self._device) for name, value in arguments.items()}
+
+    @staticmethod
+    def _check(code: int) -> None:
+        if int(code) != 0:
+            raise StreamMergeError(f"CUDA could not pin the buffers (error {int(code)}).")

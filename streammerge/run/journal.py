@@ -1,0 +1,93 @@
+"""The journal: which tensors are safely on disk, one line each, so that a merge can go on after anything.
+
+    OUT/.streammerge/plan.json   the facts and digest of the plan, written before anything else
+    OUT/.streammerge/journal     checksum, then JSON, per line: a tensor whose bytes were synced before the line was
+    OUT/.streammerge/lock        held while a merge runs
+
+A line that is torn or damaged ends the journal: what follows it is not trusted and is cut off.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from streammerge.storage.sink import translate
+
+WORK_FOLDER = ".streammerge"
+
+
+@dataclass(frozen=True)
+class Done:
+    """One finished tensor: its checksum, and how many elements of each input and of the result are not finite."""
+
+    tensor: str
+    xxh3_128: str
+    nonfinite_inputs: tuple[int, ...] = ()
+    nonfinite_output: int = 0
+
+
+class Journal:
+    """The journal file of one output directory, open for appending. Owns its descriptor."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.done: dict[str, Done] = {}
+        try:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            content = path.read_bytes()
+            sound = self._read(content)
+            os.ftruncate(self._descriptor, sound)
+            os.lseek(self._descriptor, sound, os.SEEK_SET)
+        except OSError as error:
+            raise translate(path, error) from error
+
+    def append(self, tensors: Sequence[Done]) -> None:
+        """Record tensors whose bytes are on disk. Returns when the lines are, too."""
+        text = b"".join(_line(asdict(done)) for done in tensors)
+        try:
+            written = 0
+            while written < len(text):
+                written += os.write(self._descriptor, text[written:])
+            os.fdatasync(self._descriptor)
+        except OSError as error:
+            raise translate(self._path, error) from error
+        self.done |= {done.tensor: done for done in tensors}
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def _read(self, content: bytes) -> int:
+        """Take in the sound lines; returns the bytes they take."""
+        sound = 0
+        for line in content.splitlines(keepends=True):
+            fields = _fields(line)
+            if fields is None:
+                break
+            done = Done(
+                fields["tensor"],
+                fields["xxh3_128"],
+                tuple(fields["nonfinite_inputs"]),
+                fields["nonfinite_output"],
+            )
+            self.done[done.tensor] = done
+            sound += len(line)
+        return sound
+
+
+def _line(fields: dict[str, Any]) -> bytes:
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _fields(line: bytes) -> dict[str, Any] | None:
+    if not line.endswith(b"\n") or line[8:9] != b" ":
+        return None
+    text = line[9:-1]
+    return json.loads(text) if b"%08x" % zlib.crc32(text) == line[:8] else None
+

@@ -1,0 +1,357 @@
+"""One merge from recipe to finished directory: the order of things, and what must be given back.
+
+    plan → schedule → claim OUT → compile → arena, sources, lane → engine → side files, manifest, index
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Literal, Protocol
+
+import torch
+
+from streammerge.base.errors import DoesNotFit, Stopped
+from streammerge.base.units import format_size
+from streammerge.kernels.compiled import (
+    BYTES_TO_COMPILE,
+    SECONDS_TO_COMPILE,
+    Cache,
+    Run,
+    Signature,
+    compiler_missing,
+    default_cache,
+)
+from streammerge.kernels.contract import Program
+from streammerge.kernels.dtypes import torch_dtype
+from streammerge.plan.budget import Schedule, make_schedule
+from streammerge.plan.layout import DEFAULT_SHARD_BYTES, index_file
+from streammerge.plan.plan import Plan, TensorPlan, build_plan
+from streammerge.plan.recipe import load_recipe, resolve_model
+from streammerge.run.arena import Arena
+from streammerge.run.engine import Engine
+from streammerge.run.gpu import CudaLane, choose_device
+from streammerge.run.journal import Journal
+from streammerge.run.lane import CpuLane, Lane
+from streammerge.run.manifest import manifest
+from streammerge.run.memory import Meter, memory_limit, processors, usage
+from streammerge.run.output import MANIFEST_NAME, check_apart, claim, finish, finished_digest
+from streammerge.run.pipeline import ReadAhead, WriteBehind
+from streammerge.run.sidefiles import CARD_NAME, RECIPE_NAME, copied_files, model_card, side_file
+from streammerge.storage.checkpoint import open_checkpoint
+from streammerge.storage.local import sync_directory
+from streammerge.storage.sink import Shard, free_bytes, partial_path, write_file
+from streammerge.storage.source import Source
+
+Compile = Literal["auto", "on", "off"]
+_READ_THREADS = 2
+# Nanoseconds that compiling saves per element, pass and model on one thread (docs/bench.md, 2026-11-24).
+_SAVED_NS = 8.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where and how a merge runs: none of it changes the result, but for `seed` and `shard_bytes`."""
+
+    max_memory: int | None = None
+    max_gpu_memory: int | None = None
+    device: str = "auto"
+    threads: int | None = None
+    shard_bytes: int = DEFAULT_SHARD_BYTES
+    compile: Compile = "auto"
+    seed: int = 0
+    restart: bool = False
+    strict: bool = False
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a merge is."""
+
+    read_bytes: int
+    written_bytes: int
+    own_bytes: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a merge did. Seconds are wall time; `peak_bytes` is the most the process ever held, file pages included.
+
+    `nonfinite` gives, per tensor with NaN or infinities, their number in the inputs and in the result.
+    """
+
+    out: Path
+    digest: str
+    already_finished: bool
+    tensors: int
+    resumed: int
+    read_bytes: int
+    written_bytes: int
+    peak_bytes: int
+    peak_own_bytes: int
+    engine_seconds: float
+    compile_seconds: float
+    sync_seconds: float
+    nonfinite: dict[str, tuple[int, int]]
+
+
+class Observer(Protocol):
+    """Who is told what happens: a terminal, a log, a program."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+
+    def planned(self, plan: Plan, schedule: Schedule, resumed: int) -> None:
+        """The merge is about to begin; `resumed` tensors are done already."""
+
+    def running(self, status: Callable[[], Status], read_bytes: int, write_bytes: int) -> AbstractContextManager[None]:
+        """Entered while the engine works; `status` may be asked from any thread. The totals are still to do."""
+
+
+def make_plan(recipe_path: Path, options: Options) -> Plan:
+    """Read recipe and headers, and plan."""
+    recipe = load_recipe(recipe_path, strict=options.strict)
+    checkpoints = [open_checkpoint(resolve_model(source.model, recipe_path)) for source in recipe.inputs]
+    return build_plan(recipe, checkpoints, seed=options.seed, shard_bytes=options.shard_bytes)
+
+
+def schedule_for(plan: Plan, options: Options) -> Schedule:
+    """The schedule of a plan in this process, now that everything it imports is in memory. Raises DoesNotFit."""
+    limit, limited_by = memory_limit(options.max_memory)
+    available, _ = memory_limit(None)
+    return make_schedule(
+        plan,
+        limit_bytes=limit,
+        limited_by=limited_by,
+        allowed=options.max_memory is not None,
+        available_bytes=available,
+        baseline_bytes=usage().resident,
+        threads=options.threads or processors(),
+    )
+
+
+def merge(recipe_path: Path, out: Path, options: Options, observer: Observer) -> Report:
+    """Merge `recipe_path` into the directory `out`, going on where an earlier run stopped.
+
+    Raises the errors of base/errors.py; whatever happens, `out` holds complete shards under their names or none.
+    """
+    plan = make_plan(recipe_path, options)
+    for warning in plan.recipe.warnings:
+        observer.note(f"{recipe_path}: {warning}")
+    check_apart(out, plan.checkpoints)
+    if finished_digest(out) == plan.digest:
+        return _finished_before(plan, out)
+    device = choose_device(options.device)
+    schedule = schedule_for(plan, options)
+    _check_disk(plan, out)
+    with ExitStack() as stack:
+        stopping = stack.enter_context(_signals())
+        work = stack.enter_context(claim(out, plan, restart=options.restart))
+        journal = Journal(work / "journal")
+        stack.callback(journal.close)
+        pending = [tensor for tensor in plan.tensors if tensor.name not in journal.done]
+        observer.planned(plan, schedule, len(plan.tensors) - len(pending))
+        began = time.perf_counter()
+        cache = _compile(plan, pending, schedule, device, options, observer)
+        compiled = time.perf_counter()
+        meter = stack.enter_context(Meter())
+        read, written, sync_seconds = _run(
+            plan, schedule, pending, out, journal, device, cache, options, observer, meter, stopping
+        )
+        _publish_rest(plan, out, journal)
+        engine_seconds = time.perf_counter() - compiled
+    return Report(
+        out=out,
+        digest=plan.digest,
+        already_finished=False,
+        tensors=len(plan.tensors),
+        resumed=len(plan.tensors) - len(pending),
+        read_bytes=read,
+        written_bytes=written,
+        peak_bytes=usage().peak_resident,
+        peak_own_bytes=meter.peak_own,
+        engine_seconds=engine_seconds,
+        compile_seconds=compiled - began,
+        sync_seconds=sync_seconds,
+        nonfinite={
+            name: (sum(done.nonfinite_inputs), done.nonfinite_output)
+            for name, done in journal.done.items()
+            if done.nonfinite_output or any(done.nonfinite_inputs)
+        },
+    )
+
+
+def _run(plan: Plan, schedule: Schedule, pending: list[TensorPlan], out: Path, journal: Journal, device: torch.device,
+         cache: Cache | None, options: Options, observer: Observer, meter: Meter,
+         stopping: Callable[[], bool]) -> tuple[int, int, float]:  # fmt: skip
+    """Merge the pending tensors. Returns bytes read and written, and seconds of syncing."""
+    remaining = dict.fromkeys(range(len(plan.shards)), 0)
+    for tensor in pending:
+        remaining[tensor.shard] += 1
+
+    def open_shard(number: int) -> Shard:
+        shard = plan.shards[number]
+        return Shard(out / shard.name, shard.header, shard.nbytes)
+
+    for number, count in remaining.items():
+        # Every tensor is on disk, but the run ended before the shard got its name.
+        if count == 0 and partial_path(out / plan.shards[number].name).exists():
+            open_shard(number).publish()
+
+    with ExitStack() as stack:
+        arena = Arena(schedule.slots, schedule.slot_bytes, schedule.scratch_bytes)
+        sources = []
+        for checkpoint in plan.checkpoints:
+            source = Source(checkpoint)
+            stack.callback(source.close)
+            sources.append(source)
+        lane = _lane(device, arena, schedule, cache, options)
+        stack.callback(lane.close)
+        reader = ReadAhead(sources, arena, _READ_THREADS)
+        stack.callback(reader.close)
+        writer = WriteBehind(journal, open_shard, schedule.dirty_bytes, remaining)
+        engine = Engine(
+            plan, schedule, sources=sources, arena=arena, reader=reader, writer=writer, lane=lane, stopping=stopping
+        )
+
+        def status() -> Status:
+            return Status(reader.bytes_read, writer.bytes_written, meter.now_own)
+
+        with observer.running(status, schedule.bytes_to_read, sum(tensor.nbytes for tensor in pending)):
+            try:
+                engine.run(pending)
+            finally:
+                # Also when stopped or failed: what is finished goes to disk and into the journal.
+                writer.close()
+            for source in sources:
+                source.check_unchanged()
+        return reader.bytes_read, writer.bytes_written, writer.sync_seconds
+
+
+def _lane(device: torch.device, arena: Arena, schedule: Schedule, cache: Cache | None, options: Options) -> Lane:
+    if device.type == "cuda":
+        return CudaLane(device, arena, options.max_gpu_memory)
+
+    def find(program: Program, signature: Signature) -> Run | None:
+        return cache.load(program, signature, schedule.threads) if cache is not None else None
+
+    return CpuLane(schedule.threads, find)
+
+
+def _compile(plan: Plan, pending: list[TensorPlan], schedule: Schedule, device: torch.device, options: Options,
+             observer: Observer) -> Cache | None:  # fmt: skip
+    """Make sure that the programs worth compiling are. Returns the cache to take them from, or None for eager code."""
+    if options.compile == "off" or device.type != "cpu":
+        return None
+    cache = default_cache()
+    wanted = _programs(plan, pending)
+    missing = [pair for pair in wanted if not cache.package(*pair).exists()]
+    if not missing:
+        return cache
+    saved = sum(wanted[pair] for pair in missing) * _SAVED_NS * 1e-9 / schedule.threads
+    seconds = len(missing) * SECONDS_TO_COMPILE
+    if options.compile == "auto":
+        if saved < seconds or schedule.limit_bytes < BYTES_TO_COMPILE or compiler_missing():
+            return cache
+    elif (reason := compiler_missing()) is not None:
+        observer.note(f"--compile on: {reason}; running uncompiled, which is slower and gives the same bits")
+        return cache
+    elif schedule.limit_bytes < BYTES_TO_COMPILE:
+        observer.note(
+            f"--compile on: compiling takes {format_size(BYTES_TO_COMPILE)}, the budget is "
+            f"{format_size(schedule.limit_bytes)}; running uncompiled, which is slower and gives the same bits"
+        )
+        return cache
+    observer.note(f"compiling {len(missing)} programs once for this machine, about {seconds:.0f} s")
+    if (failure := cache.build(missing)) is not None:
+        observer.note(f"compiling failed ({failure}); running uncompiled, which is slower and gives the same bits")
+    return cache
+
+
+def _programs(plan: Plan, tensors: list[TensorPlan]) -> dict[tuple[Program, Signature], int]:
+    """The programs these tensors need, with the deltas or inputs each sees in all."""
+    counts: dict[tuple[Program, Signature], int] = {}
+    for tensor in tensors:
+        if tensor.action != "merge":
+            continue
+        inputs = tuple(torch_dtype(spec.dtype) for spec in tensor.inputs)
+        look = Signature(torch_dtype(tensor.work), inputs, plan.has_base, None)
+        used = [(program, look) for program in plan.method.looks(tensor.settings)]
+        used.append((plan.method.program(tensor.settings), look._replace(out=torch_dtype(tensor.dtype))))
+        for pair in used:
+            counts[pair] = counts.get(pair, 0) + tensor.elements * look.models
+    return counts
+
+
+def _publish_rest(plan: Plan, out: Path, journal: Journal) -> None:
+    """Side files, manifest, and last of all the index: then the output is complete."""
+    files = {file.name: side_file(plan, file) for file in copied_files(plan)}
+    files[RECIPE_NAME] = plan.recipe.text.encode()
+    files[CARD_NAME] = model_card(plan)
+    index = index_file(plan.shards)
+    for name, content in files.items():
+        write_file(out / name, content)
+    write_file(out / MANIFEST_NAME, manifest(plan, journal.done, files | dict([index] if index else [])))
+    if index is not None:
+        write_file(out / index[0], index[1])
+    sync_directory(out)
+    finish(out)
+
+
+def _check_disk(plan: Plan, out: Path) -> None:
+    """Raise DoesNotFit when the shards would not fit on the disk of `out`."""
+    folder = out
+    while not folder.exists():
+        folder = folder.parent
+    # Partial files have their space already.
+    have = sum(
+        path.stat().st_blocks * 512
+        for shard in plan.shards
+        for path in (out / shard.name, partial_path(out / shard.name))
+        if path.exists()
+    )
+    need = max(0, plan.bytes_to_write - have)
+    need += need // 100
+    free = free_bytes(folder)
+    if need > free:
+        raise DoesNotFit(
+            f"{out}: needs {format_size(need)} of disk, {format_size(free)} are free. "
+            f"Free at least {format_size(need - free)} more, or choose another directory."
+        )
+
+
+def _finished_before(plan: Plan, out: Path) -> Report:
+    return Report(out, plan.digest, True, len(plan.tensors), len(plan.tensors), 0, 0, usage().peak_resident,
+                  usage().own, 0.0, 0.0, 0.0, {})  # fmt: skip
+
+
+@contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """SIGINT, SIGTERM and SIGHUP ask to stop; a second SIGINT stops at once, as a crash would: still resumable."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature of a handler
+        if asked and number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
+        asked.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        # Only the main thread may set handlers; elsewhere whoever owns the process stops it.
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield lambda: bool(asked)
+    except Stopped:
+        names = ", ".join(signal.Signals(number).name for number in asked[:1])
+        raise Stopped(f"Stopped by {names}. Finished tensors are saved: run the same command again to go on.") from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,164 @@
+"""The output directory: whose it is, what lies in it, and taking it over for one merge.
+
+    claim      refuse an OUT that is an input, or holds something else; lock it; find or write its plan
+    leftovers  what an abandoned merge left behind
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from streammerge.base.errors import OutputError
+from streammerge.plan.plan import Plan
+from streammerge.run.journal import WORK_FOLDER
+from streammerge.storage.checkpoint import Checkpoint
+from streammerge.storage.sink import PARTIAL_SUFFIX, translate, write_file
+
+MANIFEST_NAME = "streammerge.manifest.json"
+
+
+def check_apart(out: Path, checkpoints: Sequence[Checkpoint]) -> None:
+    """Refuse an OUT that is, contains, or lies in an input."""
+    target = out.resolve()
+    for checkpoint in checkpoints:
+        source = checkpoint.path.resolve()
+        if target == source:
+            raise OutputError(f"{out}: is also an input. Choose another directory for the result.")
+        if source in target.parents or target in source.parents:
+            relation = "lies inside" if source in target.parents else "contains"
+            raise OutputError(f"{out}: {relation} the input {checkpoint.path}. Choose a directory apart from it.")
+
+
+def finished_digest(out: Path) -> str | None:
+    """The digest of the plan that OUT is the finished result of, or None."""
+    manifest = out / MANIFEST_NAME
+    if not manifest.exists() or (out / WORK_FOLDER).exists():
+        return None
+    content = _read_json(manifest)
+    digest = content.get("digest")
+    return digest if isinstance(digest, str) else None
+
+
+@contextmanager
+def claim(out: Path, plan: Plan, *, restart: bool) -> Iterator[Path]:
+    """Take OUT over: yields its work folder, locked, with this plan written in it.
+
+    Raises OutputError when OUT holds something else, is locked, or belongs to another plan.
+    """
+    work = out / WORK_FOLDER
+    _check_free(out, work, plan)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock = os.open(work / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise translate(out, error) from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OutputError(f"{out}: another merge is running into it. Wait for it, or choose another OUT.") from None
+        if restart:
+            remove(leftovers(out))
+        record = work / "plan.json"
+        if record.exists():
+            _compare(out, _read_json(record), plan)
+        else:
+            content = {"digest": plan.digest, "facts": plan.facts, "shards": [shard.name for shard in plan.shards]}
+            write_file(record, json.dumps(content, indent=1).encode())
+        yield work
+    finally:
+        os.close(lock)
+
+
+def leftovers(out: Path) -> list[Path]:
+    """What an unfinished merge has left in OUT: partial files, the shards it had finished, its work folder's files."""
+    work = out / WORK_FOLDER
+    if not work.is_dir():
+        return []
+    shards: list[str] = []
+    if (work / "plan.json").exists():
+        # A damaged plan names no shards; --restart then writes over them.
+        with suppress(OutputError):
+            shards = [name for name in _read_json(work / "plan.json").get("shards", []) if isinstance(name, str)]
+    found = [out / name for name in shards if Path(name).name == name and (out / name).is_file()]
+    found += sorted(out.glob(f"*{PARTIAL_SUFFIX}"))
+    return found + sorted(file for file in work.iterdir() if file.name != "lock")
+
+
+def remove(files: Sequence[Path]) -> None:
+    """Delete `leftovers`."""
+    try:
+        for file in files:
+            file.unlink()
+    except OSError as error:
+        raise translate(file, error) from error
+
+
+def finish(out: Path) -> None:
+    """Remove the work folder of a merge that is complete."""
+    try:
+        shutil.rmtree(out / WORK_FOLDER)
+    except OSError as error:
+        raise translate(out, error) from error
+
+
+def _check_free(out: Path, work: Path, plan: Plan) -> None:
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out}: is a file. Choose a directory for the result.")
+    if work.is_dir() or not out.exists():
+        return
+    if (digest := finished_digest(out)) is not None:
+        raise OutputError(
+            f"{out}: holds the finished result of another merge (plan {digest[:12]}, this one is {plan.digest[:12]}). "
+            f"Choose another directory, or remove it."
+        )
+    content = sorted(path.name for path in out.iterdir())
+    if content:
+        shown = ", ".join(content[:3]) + (" and more" if len(content) > 3 else "")
+        raise OutputError(f"{out}: is not empty (it holds {shown}). Nothing of yours is overwritten: choose another.")
+
+
+def _compare(out: Path, record: dict[str, Any], plan: Plan) -> None:
+    if record.get("digest") == plan.digest:
+        return
+    before = record.get("facts")
+    changes = list(_differences("", before if isinstance(before, dict) else {}, plan.facts))
+    shown = "\n".join(f"  {change}" for change in changes[:12])
+    more = f"\n  and {len(changes) - 12} more" if len(changes) > 12 else ""
+    raise OutputError(
+        f"{out}: holds an unfinished merge of another plan; what differs:\n{shown}{more}\n"
+        f"Restore it to go on, choose another directory, or give --restart to throw the unfinished work away."
+    )
+
+
+def _differences(place: str, before: Any, after: Any) -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in sorted({*before, *after}):
+            yield from _differences(f"{place}.{key}".lstrip("."), before.get(key), after.get(key))
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        for i, (old, new) in enumerate(zip(before, after, strict=True)):
+            yield from _differences(f"{place}[{i}]", old, new)
+    elif before != after:
+        yield f"{place}: {_short(before)} then, {_short(after)} now"
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError):
+        raise OutputError(f"{path}: is damaged. Give --restart to begin again, or choose another directory.") from None
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,117 @@
+"""Everything in OUT that is not weights: what is copied from the donor, and the model card.
+
+The donor is the base, or else the first model. Copied is every file beside its weights that is not weights itself:
+tokenizer, chat template, generation config, processors, code, licence. config.json is copied with its dtype mended.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import yaml
+
+from streammerge.base.dtypes import DTYPES, RECIPE_DTYPES
+from streammerge.base.errors import InputError
+from streammerge.plan.plan import Plan
+
+RECIPE_NAME = "mergekit_config.yml"
+CARD_NAME = "README.md"
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz", ".partial"}
+_OURS = {CARD_NAME, RECIPE_NAME, "streammerge.manifest.json"}
+_LARGEST = 256_000_000
+
+
+def copied_files(plan: Plan) -> list[Path]:
+    """The donor's files that go along. None for a donor that is a single file without a config.json."""
+    donor = plan.checkpoints[0]
+    if not donor.path.is_dir() and not (donor.directory / "config.json").exists():
+        return []
+    return [
+        file
+        for file in sorted(donor.directory.iterdir())
+        if file.is_file()
+        and file.suffix not in _WEIGHTS
+        and not file.name.startswith(".")
+        and not file.name.endswith(".index.json")
+        and file.name not in _OURS
+        and file.stat().st_size <= _LARGEST
+    ]
+
+
+def side_file(plan: Plan, file: Path) -> bytes:
+    """The content a copied file gets in OUT. Raises InputError."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}.") from error
+    return _with_dtype(plan, file, content) if file.name == "config.json" else content
+
+
+def _with_dtype(plan: Plan, file: Path, content: bytes) -> bytes:
+    """config.json saying the dtype that most of the output is stored in."""
+    try:
+        config = json.loads(content)
+    except ValueError as error:
+        raise InputError(f"{file}: is not JSON ({error}).") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{file}: is not a JSON object.")
+    sizes: dict[str, int] = {}
+    for tensor in plan.tensors:
+        if DTYPES[tensor.dtype].kind == "float":
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    if not sizes:
+        return content
+    stored = max(sizes, key=lambda name: sizes[name])
+    name = next(written for written, dtype in RECIPE_DTYPES.items() if dtype == stored)
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    if config.get(key) == name:
+        return content
+    config[key] = name
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def model_card(plan: Plan) -> bytes:
+    """A README.md the Hub understands: what was merged, how, from what under which licence."""
+    licences = [_licence(checkpoint.directory) for checkpoint in plan.checkpoints]
+    known = sorted({licence for licence in licences if licence})
+    front: dict[str, object] = {
+        "library_name": "transformers",
+        "tags": ["merge", "mergekit", "streammerge"],
+        "base_model": [source.model for source in plan.recipe.inputs],
+    }
+    if len(known) == 1 and all(licences):
+        front["license"] = known[0]
+    elif known:
+        front["license"] = "other"
+        front["license_name"] = "licences-of-the-inputs"
+    rows = "\n".join(
+        f"| {'base' if i == 0 and plan.has_base else 'model'} | {_cell(source.model)} | {licence or 'not stated'} |"
+        for i, (source, licence) in enumerate(zip(plan.recipe.inputs, licences, strict=True))
+    )
+    return (
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n"
+        f"# A merge by {plan.method.name}\n\n"
+        f"Made with StreamMerge. What went in:\n\n| role | model | licence |\n|---|---|---|\n{rows}\n\n"
+        f"The licences of all inputs apply.\n\n## Recipe\n\n```yaml\n{plan.recipe.text.rstrip()}\n```\n\n"
+        f"Checksums and versions are in `streammerge.manifest.json`; `streammerge verify` checks them.\n"
+    ).encode()
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _licence(directory: Path) -> str | None:
+    """The licence that a model's own card states, or None."""
+    card = directory / CARD_NAME
+    if not card.is_file() or card.stat().st_size > _LARGEST:
+        return None
+    match = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    try:
+        front = yaml.safe_load(match[1]) if match else None
+    except (yaml.YAMLError, RecursionError):
+        return None
+    licence = front.get("license") if isinstance(front, dict) else None
+    return licence if isinstance(licence, str) else None
