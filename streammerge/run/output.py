@@ -56,6 +56,24 @@ def claim(out: Path, plan: Plan, *, restart: bool) -> Iterator[Path]:
     _check_free(out, work, plan)
     try:
         work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise translate(out, error) from error
+    with _locked(out, work):
+        if restart:
+            delete(leftovers(out))
+        record = work / "plan.json"
+        if record.exists():
+            _compare(out, _read_json(record), plan)
+        else:
+            content = {"digest": plan.digest, "facts": plan.facts, "shards": [shard.name for shard in plan.shards]}
+            write_file(record, json.dumps(content, indent=1).encode())
+        yield work
+
+
+@contextmanager
+def _locked(out: Path, work: Path) -> Iterator[None]:
+    """Hold the lock of OUT. Raises OutputError when another process does."""
+    try:
         lock = os.open(work / "lock", os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise translate(out, error) from error
@@ -64,15 +82,7 @@ def claim(out: Path, plan: Plan, *, restart: bool) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise OutputError(f"{out}: another merge is running into it. Wait for it, or choose another OUT.") from None
-        if restart:
-            remove(leftovers(out))
-        record = work / "plan.json"
-        if record.exists():
-            _compare(out, _read_json(record), plan)
-        else:
-            content = {"digest": plan.digest, "facts": plan.facts, "shards": [shard.name for shard in plan.shards]}
-            write_file(record, json.dumps(content, indent=1).encode())
-        yield work
+        yield
     finally:
         os.close(lock)
 
@@ -92,7 +102,20 @@ def leftovers(out: Path) -> list[Path]:
     return found + sorted(file for file in work.iterdir() if file.name != "lock")
 
 
-def remove(files: Sequence[Path]) -> None:
+def clean(out: Path, *, remove: bool) -> list[Path]:
+    """The leftovers in OUT, removed if asked. Raises OutputError when a merge is running there."""
+    work = out / WORK_FOLDER
+    if not work.is_dir():
+        return []
+    with _locked(out, work):
+        files = leftovers(out)
+        if remove:
+            delete(files)
+            finish(out)
+    return files
+
+
+def delete(files: Sequence[Path]) -> None:
     """Delete `leftovers`."""
     try:
         for file in files:

@@ -1,0 +1,70 @@
+"""The same verbs from Python, without a terminal."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from streammerge.base.units import parse_size
+from streammerge.plan.budget import Schedule
+from streammerge.plan.layout import DEFAULT_SHARD_BYTES
+from streammerge.plan.plan import Plan
+from streammerge.run.check import Verdict
+from streammerge.run.check import verify as _verify
+from streammerge.run.inspection import Inspection
+from streammerge.run.inspection import inspect as _inspect
+from streammerge.run.merge import Compile, Options, Report, Status, make_plan
+from streammerge.run.merge import merge as _merge
+
+PathLike = str | os.PathLike[str]
+
+
+class _Silent:
+    """An observer that hears only notes."""
+
+    def __init__(self, note: Callable[[str], None] | None) -> None:
+        self._note = note
+
+    def note(self, text: str) -> None:
+        if self._note is not None:
+            self._note(text)
+
+    def planned(self, plan: Plan, schedule: Schedule, resumed: int) -> None:
+        pass
+
+    def running(self, status: Callable[[], Status], read_bytes: int, write_bytes: int) -> AbstractContextManager[None]:  # noqa: ARG002
+        return nullcontext()
+
+
+def merge(recipe: PathLike, out: PathLike, *, max_memory: str | int | None = None,
+          max_gpu_memory: str | int | None = None, device: str = "auto", threads: int | None = None,
+          out_shard_size: str | int = DEFAULT_SHARD_BYTES, compile: Compile = "auto", seed: int = 0,
+          restart: bool = False, strict: bool = False, note: Callable[[str], None] | None = None) -> Report:  # noqa: A002  # fmt: skip
+    """Merge `recipe` into the directory `out`, going on where an earlier run stopped.
+
+    Sizes are bytes or text like "24GB". `note` is called with what the user should know. Raises StreamMergeError.
+    """
+    options = Options(_size(max_memory), _size(max_gpu_memory), device, threads, _size(out_shard_size) or 0, compile,
+                      seed, restart, strict)  # fmt: skip
+    return _merge(Path(recipe), Path(out), options, _Silent(note))
+
+
+def plan(recipe: PathLike, *, out_shard_size: str | int = DEFAULT_SHARD_BYTES, seed: int = 0, strict: bool = False) -> Plan:
+    """The plan of `recipe`, from headers alone. Raises StreamMergeError."""
+    return make_plan(Path(recipe), Options(shard_bytes=_size(out_shard_size) or 0, seed=seed, strict=strict))
+
+
+def verify(out: PathLike) -> Verdict:
+    """Compare a finished output with its checksums. Raises InputError when there are none."""
+    return _verify(Path(out))
+
+
+def inspect(path: PathLike) -> Inspection:
+    """What the checkpoint at `path` holds. Raises InputError."""
+    return _inspect(Path(path).expanduser())
+
+
+def _size(size: str | int | None) -> int | None:
+    return parse_size(size) if isinstance(size, str) else size

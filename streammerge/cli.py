@@ -1,0 +1,262 @@
+"""The command line: verbs, flags, exit codes. What a verb needs is imported when the verb runs."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import click
+import typer
+
+from streammerge import __version__
+from streammerge.base.errors import OutputError, StreamMergeError, UserError, VerificationFailed
+from streammerge.base.units import parse_shard_size, parse_size
+from streammerge.ui import Terminal
+
+if TYPE_CHECKING:
+    from streammerge.plan.budget import Schedule
+    from streammerge.plan.plan import Plan
+    from streammerge.run.merge import Options, Status
+
+_BEGAN = time.perf_counter()
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    help="Merge model checkpoints of any size inside the memory you allow.\n\n"
+    "`streammerge RECIPE OUT` is short for `streammerge merge RECIPE OUT`.",
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, mergekit's YAML.")]
+OutPath = Annotated[Path, typer.Argument(metavar="OUT", help="The output directory.")]
+MaxMemory = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Most memory of the whole process, like 24GB. Else a small default.")
+]
+MaxGpuMemory = Annotated[str | None, typer.Option(metavar="SIZE", help="Most memory to take on the GPU.")]
+Device = Annotated[str, typer.Option(metavar="cpu|cuda|cuda:N|auto", help="Where to compute.")]
+ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest output file, like 5GB.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads that compute. Else all processors.")]
+Compile = Annotated[
+    Literal["auto", "on", "off"], typer.Option("--compile", help="Compile the arithmetic: same bits, faster.")
+]
+Seed = Annotated[int, typer.Option("--seed", "--random-seed", help="Seed of the methods that drop at random.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Take unknown keys in the recipe for errors.")]
+Json = Annotated[bool, typer.Option("--json", help="JSON on stdout instead of text.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(f"streammerge {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def merge(
+    recipe: RecipePath,
+    out: OutPath,
+    max_memory: MaxMemory = None,
+    max_gpu_memory: MaxGpuMemory = None,
+    device: Device = "auto",
+    out_shard_size: ShardSize = "5GB",
+    threads: Threads = None,
+    compile_: Compile = "auto",
+    seed: Seed = 0,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw away unfinished work in OUT first.")] = False,
+    strict: Strict = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only notes and errors.")] = False,
+    as_json: Json = False,
+    log: Annotated[Path | None, typer.Option(metavar="FILE", help="Append what happens to this file.")] = None,
+) -> None:
+    """Merge RECIPE into the directory OUT. Run again after a stop or a crash, it goes on where it was."""
+    with _terminal(quiet=quiet, as_json=as_json, log=log) as terminal:
+        options = _options(max_memory, max_gpu_memory, device, out_shard_size, threads, compile_, seed, restart, strict)
+        from streammerge import report  # noqa: PLC0415
+        from streammerge.run.merge import merge as run_merge  # noqa: PLC0415
+
+        terminal.log(f"streammerge {__version__}: merge {recipe} into {out}")
+        done = run_merge(recipe, out, options, _Watcher(terminal))
+        seconds = time.perf_counter() - _BEGAN
+        terminal.rows("done", report.report_rows(done, seconds))
+        terminal.event("done", report.report_json(done, seconds))
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    max_memory: MaxMemory = None,
+    out_shard_size: ShardSize = "5GB",
+    threads: Threads = None,
+    seed: Seed = 0,
+    strict: Strict = False,
+    as_json: Json = False,
+) -> None:
+    """Show what merging RECIPE would do: tensors, passes, bytes, peak memory, disk. Writes nothing."""
+    with _terminal(as_json=as_json) as terminal:
+        options = _options(max_memory, None, "auto", out_shard_size, threads, "auto", seed, False, strict)
+        from streammerge import report  # noqa: PLC0415
+        from streammerge.run.estimate import estimate_seconds  # noqa: PLC0415
+        from streammerge.run.merge import make_plan, schedule_for  # noqa: PLC0415
+        from streammerge.run.sidefiles import copied_files  # noqa: PLC0415
+
+        made = make_plan(recipe, options)
+        schedule = schedule_for(made, options)
+        seconds = estimate_seconds(made, schedule)
+        side_files = [file.name for file in copied_files(made)]
+        if as_json:
+            terminal.document(report.plan_json(made, schedule, seconds, side_files))
+        else:
+            for warning in made.recipe.warnings:
+                terminal.note(f"{recipe}: {warning}")
+            terminal.rows("plan", report.plan_rows(made, schedule, seconds, side_files))
+
+
+@app.command()
+def verify(out: OutPath, as_json: Json = False) -> None:
+    """Read a finished OUT again and compare every byte with its checksums; name what is wrong."""
+    with _terminal(as_json=as_json) as terminal:
+        from streammerge import report  # noqa: PLC0415
+        from streammerge.run.check import verify as run_verify  # noqa: PLC0415
+
+        verdict = run_verify(out)
+        terminal.rows("verify", report.verdict_rows(verdict))
+        terminal.event("verified", {"tensors": verdict.tensors, "bytes": verdict.nbytes, "problems": verdict.problems})
+        if verdict.problems:
+            raise VerificationFailed("\n".join(verdict.problems))
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint directory, or one safetensors file.")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what the checkpoint at PATH holds: files, tensors, dtypes, shapes, sizes."""
+    with _terminal(as_json=as_json) as terminal:
+        from streammerge import report  # noqa: PLC0415
+        from streammerge.run.inspection import inspect as run_inspect  # noqa: PLC0415
+
+        found = run_inspect(path.expanduser())
+        if as_json:
+            terminal.document(report.inspection_json(found))
+            return
+        terminal.rows("inspect", report.inspection_rows(found))
+        if tensors:
+            width = max(len(spec.name) for spec in found.tensors)
+            terminal.lines([f"{spec.name:<{width}}  {spec.dtype:<5} {list(spec.shape)}" for spec in found.tensors])
+
+
+@app.command()
+def clean(
+    out: OutPath,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove them; without it they are only listed.")] = False,
+) -> None:
+    """List what an abandoned merge left in OUT, or remove it."""
+    with _terminal() as terminal:
+        from streammerge.run.output import clean as run_clean  # noqa: PLC0415
+
+        files = run_clean(out, remove=remove)
+        terminal.lines([f"{'removed' if remove else 'left over'}  {file}" for file in files] or ["nothing left over"])
+
+
+class _Watcher:
+    """Tells a terminal what a merge does."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        self._terminal = terminal
+        self._allowed = 0
+
+    def note(self, text: str) -> None:
+        self._terminal.note(text)
+
+    def planned(self, plan: Plan, schedule: Schedule, resumed: int) -> None:
+        from streammerge import report  # noqa: PLC0415
+        from streammerge.run.estimate import estimate_seconds  # noqa: PLC0415
+        from streammerge.run.sidefiles import copied_files  # noqa: PLC0415
+
+        self._allowed = schedule.limit_bytes
+        seconds = estimate_seconds(plan, schedule)
+        rows = report.plan_rows(plan, schedule, seconds, [file.name for file in copied_files(plan)])
+        shown = ("method", "models", "tensors", "passes", "peak memory", "time")
+        self._terminal.rows("plan", [row for row in rows if row[0] in shown])
+        if resumed:
+            self._terminal.rows("plan", [("resuming", f"{resumed:,} of {len(plan.tensors):,} tensors are done already")])
+        self._terminal.event("plan", {"digest": plan.digest, "tensors": len(plan.tensors), "resumed": resumed,
+                                      "bytes_to_write": plan.bytes_to_write, "bytes_to_read": schedule.bytes_to_read,
+                                      "peak_bytes": schedule.peak_bytes})  # fmt: skip
+
+    def running(self, status: Callable[[], Status], read_bytes: int, write_bytes: int) -> AbstractContextManager[None]:
+        def numbers() -> tuple[int, int, int]:
+            now = status()
+            return now.read_bytes, now.written_bytes, now.own_bytes
+
+        return self._terminal.progress(read_bytes + write_bytes, numbers, self._allowed)
+
+
+def _options(max_memory: str | None, max_gpu_memory: str | None, device: str, out_shard_size: str,
+             threads: int | None, compile_: Literal["auto", "on", "off"], seed: int, restart: bool,
+             strict: bool) -> Options:  # fmt: skip
+    sizes = {
+        "max_memory": None if max_memory is None else parse_size(max_memory, flag="--max-memory"),
+        "max_gpu_memory": None if max_gpu_memory is None else parse_size(max_gpu_memory, flag="--max-gpu-memory"),
+    }
+    shard_bytes = parse_shard_size(out_shard_size)
+    from streammerge.run.merge import Options  # noqa: PLC0415
+
+    return Options(
+        **sizes, device=device, threads=threads, shard_bytes=shard_bytes, compile=compile_, seed=seed, restart=restart,
+        strict=strict,
+    )  # fmt: skip
+
+
+@contextmanager
+def _terminal(*, quiet: bool = False, as_json: bool = False, log: Path | None = None) -> Iterator[Terminal]:
+    """A terminal; errors of ours are printed on it and end the program with their exit code."""
+    try:
+        terminal = Terminal(quiet=quiet, as_json=as_json, log=log)
+    except OSError as error:
+        Terminal().error(f"--log: {log}: cannot be written: {error.strerror}.")
+        raise typer.Exit(OutputError.exit_code) from None
+    try:
+        yield terminal
+    except StreamMergeError as error:
+        terminal.error(_named(error))
+        raise typer.Exit(error.exit_code) from None
+    finally:
+        terminal.close()
+
+
+def _named(error: StreamMergeError) -> str:
+    """The message, after the error's name where that says more than `error`."""
+    plain = type(error) in (StreamMergeError, UserError)
+    return str(error) if plain else f"{type(error).__name__}: {error}"
+
+
+def main() -> None:
+    """The command `streammerge`. Ends the process with an exit code of base/errors.py."""
+    arguments = sys.argv[1:]
+    verbs = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    # `streammerge RECIPE OUT`: the verb is left out. Flags may come first.
+    words = [argument for argument in arguments if not argument.startswith("-")]
+    if words and not verbs & set(arguments) and not {"--version"} & set(arguments):
+        arguments = ["merge", *arguments]
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(arguments, prog_name="streammerge", standalone_mode=False)
+        sys.exit(code or 0)
+    except click.exceptions.Abort:
+        sys.exit(75)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Facts in, text and JSON out. Computes nothing and prints nothing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from streammerge.base.units import format_seconds, format_size
+from streammerge.plan.budget import Schedule
+from streammerge.plan.plan import Plan
+from streammerge.run.check import Verdict
+from streammerge.run.inspection import Inspection
+from streammerge.run.merge import Report
+
+Rows = list[tuple[str, str]]
+
+
+def plan_rows(plan: Plan, schedule: Schedule, seconds: float, side_files: list[str]) -> Rows:
+    """The plan as label and text."""
+    actions = {action: [t for t in plan.tensors if t.action == action] for action in ("merge", "copy", "equal")}
+    copied = len(actions["copy"]) + len(actions["equal"])
+    passes = [plan.passes(tensor) for tensor in actions["merge"]]
+    base = f", base {plan.recipe.base.model}" if plan.recipe.base else ""
+    elements = sum(tensor.elements for tensor in plan.tensors)
+    read_twice = sum(1 for t in plan.tensors if plan.passes(t) > 1)
+    return [
+        ("method", f"{plan.method.name}{base}"),
+        ("models", ", ".join(source.model for source in plan.recipe.models) or "none"),
+        ("tensors", f"{len(plan.tensors):,} ({elements:,} elements)" + (f", {copied:,} of them copied" if copied else "")),
+        ("passes", _passes(passes, read_twice)),
+        ("read", format_size(schedule.bytes_to_read)),
+        ("write", f"{format_size(plan.bytes_to_write)} in {_count(len(plan.shards), 'file')}"),
+        ("with", ", ".join(side_files) or "no side files"),
+        ("peak memory", f"{format_size(schedule.peak_bytes)} of {format_size(schedule.limit_bytes)} allowed "
+                        f"(baseline {format_size(schedule.baseline_bytes)}, buffers {format_size(schedule.arena_bytes)})"),
+        ("tiles", f"{schedule.tile_blocks * 65536:,} elements, {schedule.slots} in memory, {schedule.threads} threads"),
+        ("disk", f"{format_size(plan.bytes_to_write)} needed"),
+        ("time", f"about {format_seconds(seconds)} (a guess)"),
+        ("digest", plan.digest),
+    ]  # fmt: skip
+
+
+def plan_json(plan: Plan, schedule: Schedule, seconds: float, side_files: list[str]) -> dict[str, Any]:
+    """All of the plan."""
+    return {
+        "digest": plan.digest,
+        "method": plan.method.name,
+        "base": plan.recipe.base.model if plan.recipe.base else None,
+        "models": [source.model for source in plan.recipe.models],
+        "seed": plan.seed,
+        "warnings": list(plan.recipe.warnings),
+        "side_files": side_files,
+        "schedule": {
+            **asdict(schedule),
+            "arena_bytes": schedule.arena_bytes,
+            "peak_bytes": schedule.peak_bytes,
+            "bytes_to_write": plan.bytes_to_write,
+            "disk_bytes": plan.bytes_to_write,
+            "estimated_seconds": round(seconds, 1),
+        },
+        "shards": [
+            {"name": shard.name, "bytes": shard.nbytes, "tensors": len(shard.entries)} for shard in plan.shards
+        ],
+        "tensors": [
+            {
+                "name": tensor.name,
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "action": tensor.action,
+                "passes": plan.passes(tensor),
+                "shard": plan.shards[tensor.shard].name,
+                "offset": tensor.offset,
+                "bytes": tensor.nbytes,
+                "inputs": [spec.dtype for spec in tensor.inputs],
+                "parameters": {**tensor.settings.shared, **tensor.settings.models},
+            }
+            for tensor in plan.tensors
+        ],
+    }
+
+
+def report_rows(report: Report, seconds: float) -> Rows:
+    """A finished merge as label and text."""
+    if report.already_finished:
+        return [("finished", f"{report.out} holds this very merge already; nothing was done"), ("digest", report.digest)]
+    moved = report.read_bytes + report.written_bytes
+    rows = [
+        ("output", str(report.out)),
+        ("tensors", f"{report.tensors:,}" + (f", {report.resumed:,} of them from an earlier run" if report.resumed else "")),
+        ("read", format_size(report.read_bytes)),
+        ("written", format_size(report.written_bytes)),
+        ("peak memory", f"{format_size(report.peak_bytes)} ({format_size(report.peak_own_bytes)} without file pages)"),
+        ("time", f"{format_seconds(seconds)}, {format_seconds(report.engine_seconds)} of it merging"
+                 + (f", {format_seconds(report.compile_seconds)} compiling" if report.compile_seconds > 0.1 else "")),
+        ("rate", f"{moved / max(report.engine_seconds, 1e-9) / 1e9:.2f} GB/s read and written"),
+    ]  # fmt: skip
+    if report.nonfinite:
+        worst = list(report.nonfinite.items())[:5]
+        rows.append(("not finite", "; ".join(f"{name}: {inputs:,} in the inputs, {output:,} in the result"
+                                             for name, (inputs, output) in worst)
+                     + (f"; and {len(report.nonfinite) - 5} more tensors" if len(report.nonfinite) > 5 else "")))  # fmt: skip
+    return rows
+
+
+def report_json(report: Report, seconds: float) -> dict[str, Any]:
+    """A finished merge, all of it."""
+    return {
+        "out": str(report.out),
+        "digest": report.digest,
+        "already_finished": report.already_finished,
+        "tensors": report.tensors,
+        "resumed": report.resumed,
+        "bytes_read": report.read_bytes,
+        "bytes_written": report.written_bytes,
+        "peak_bytes": report.peak_bytes,
+        "peak_own_bytes": report.peak_own_bytes,
+        "seconds": round(seconds, 3),
+        "engine_seconds": round(report.engine_seconds, 3),
+        "compile_seconds": round(report.compile_seconds, 3),
+        "sync_seconds": round(report.sync_seconds, 3),
+        "nonfinite": {name: list(counts) for name, counts in report.nonfinite.items()},
+    }
+
+
+def inspection_rows(inspection: Inspection) -> Rows:
+    """What a checkpoint holds, in short."""
+    checkpoint = inspection.checkpoint
+    rows = [
+        ("path", str(checkpoint.path)),
+        ("files", f"{len(checkpoint.files)}, {format_size(sum(file.size for file in checkpoint.files))}"),
+        ("tensors", f"{len(checkpoint.tensors):,}, {inspection.elements:,} elements"),
+    ]
+    rows += [(dtype, f"{_count(count, 'tensor')}, {format_size(nbytes)}")
+             for dtype, (count, nbytes) in sorted(inspection.dtypes.items())]  # fmt: skip
+    rows += [("layers", f"{count} under {stack or 'the top'}") for stack, count in inspection.layers.items()]
+    return rows
+
+
+def inspection_json(inspection: Inspection) -> dict[str, Any]:
+    """What a checkpoint holds, all of it."""
+    checkpoint = inspection.checkpoint
+    return {
+        "path": str(checkpoint.path),
+        "files": [asdict(file) for file in checkpoint.files],
+        "elements": inspection.elements,
+        "bytes": checkpoint.nbytes,
+        "dtypes": {name: {"tensors": count, "bytes": nbytes} for name, (count, nbytes) in inspection.dtypes.items()},
+        "layers": inspection.layers,
+        "tensors": [
+            {**asdict(spec), "shape": list(spec.shape), "file": checkpoint.files[spec.file].name}
+            for spec in inspection.tensors
+        ],
+    }
+
+
+def verdict_rows(verdict: Verdict) -> Rows:
+    """What verifying found."""
+    state = "every byte is as it was written" if not verdict.problems else f"{_count(len(verdict.problems), 'problem')}"
+    return [
+        ("verified", f"{verdict.tensors:,} tensors in {_count(verdict.files, 'file')}, {format_size(verdict.nbytes)}"),
+        ("result", state),
+    ]
+
+
+def _passes(passes: list[int], read_twice: int) -> str:
+    if not passes:
+        return "1 (copying only)"
+    low, high = min(passes), max(passes)
+    span = str(low) if low == high else f"{low} to {high}"
+    return span + (f"; {read_twice:,} tensors are looked at before they are merged" if read_twice else "")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

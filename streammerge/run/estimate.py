@@ -1,0 +1,53 @@
+"""A guess at how long a merge takes, before it runs: a short probe of the inputs' disk, and measured rates.
+
+A guess is what it is: the page cache, other programs and the output's disk can change it several times over.
+"""
+
+from __future__ import annotations
+
+import time
+
+from streammerge.plan.budget import Schedule
+from streammerge.plan.plan import Plan
+from streammerge.storage.source import Source
+
+_PROBE_BYTES = 64 << 20
+_PROBE_SECONDS = 0.25
+# Start, import of torch, headers: measured 1.3 s on the machine of docs/bench.md.
+_START_SECONDS = 1.5
+# Nobody probes the output's disk by writing to it before anything is decided.
+_WRITE_BYTES_PER_SECOND = 1.2e9
+# Compiled arithmetic on one thread, per input element and pass.
+_NS_PER_ELEMENT = 0.8
+
+
+def estimate_seconds(plan: Plan, schedule: Schedule) -> float:
+    """About how many seconds the merge of `plan` takes under `schedule`."""
+    reading = schedule.bytes_to_read / _read_rate(plan)
+    writing = plan.bytes_to_write / _WRITE_BYTES_PER_SECOND
+    work = sum(
+        tensor.elements * len(tensor.inputs) * plan.passes(tensor) for tensor in plan.tensors if tensor.action == "merge"
+    )
+    computing = work * _NS_PER_ELEMENT * 1e-9 / schedule.threads
+    return _START_SECONDS + max(reading, writing, computing)
+
+
+def _read_rate(plan: Plan) -> float:
+    """Bytes per second that the largest input tensor is read with, for a quarter of a second at most."""
+    spec, number = max(
+        ((spec, i) for tensor in plan.tensors for i, spec in enumerate(tensor.inputs)), key=lambda pair: pair[0].nbytes
+    )
+    if spec.nbytes == 0:
+        return 1e9
+    source = Source(plan.checkpoints[number])
+    try:
+        buffer = memoryview(bytearray(min(spec.nbytes, 4 << 20)))
+        began = time.perf_counter()
+        done = 0
+        while done < min(spec.nbytes, _PROBE_BYTES) and time.perf_counter() - began < _PROBE_SECONDS:
+            size = min(len(buffer), spec.nbytes - done)
+            source.read_into(buffer[:size], spec.file, spec.offset + done)
+            done += size
+        return done / max(1e-6, time.perf_counter() - began)
+    finally:
+        source.close()

@@ -1,0 +1,156 @@
+"""What people see: tables, progress in bytes, errors. The only place that prints.
+
+On a terminal there is a progress bar; otherwise a line now and then; with --json one JSON object per line on stdout
+and nothing else there. Notes, errors and progress go to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+from rich.text import Text
+
+from streammerge.base.units import format_seconds, format_size
+
+# Names come from files of strangers: nothing in them may move the cursor or change colours.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_LINE_SECONDS = 10.0
+
+
+def printable(text: str) -> str:
+    """`text` with control characters spelt out; line breaks and tabs stay."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+class Terminal:
+    """Where a command's words go. Owns the log file, if there is one."""
+
+    def __init__(self, *, quiet: bool = False, as_json: bool = False, log: Path | None = None) -> None:
+        self._quiet, self._json = quiet, as_json
+        self._out = Console(highlight=False, soft_wrap=True)
+        self._err = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._log: TextIO | None = log.open("a", encoding="utf-8") if log is not None else None
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.close()
+
+    def log(self, text: str) -> None:
+        """A line for the log file only."""
+        self._write_log(text)
+
+    def note(self, text: str) -> None:
+        """Something worth knowing; shown even with --quiet, as it may need action."""
+        self._write_log(f"note: {text}")
+        if self._json:
+            self.event("note", {"text": text})
+        else:
+            self._err.print(Text("note: ", style="yellow").append(printable(text), style="default"))
+
+    def error(self, text: str) -> None:
+        self._write_log(f"error: {text}")
+        if self._json:
+            self.event("error", {"text": text})
+        else:
+            self._err.print(Text("error: ", style="bold red").append(printable(text), style="default"))
+
+    def event(self, name: str, facts: Mapping[str, Any]) -> None:
+        """One line of JSON on stdout, with --json only."""
+        if self._json:
+            sys.stdout.write(json.dumps({"event": name, **facts}, ensure_ascii=True) + "\n")
+            sys.stdout.flush()
+
+    def rows(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """A small table of label and text."""
+        for label, text in rows:
+            self._write_log(f"{title}: {label}: {text}")
+        if self._quiet or self._json:
+            return
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="bold")
+        table.add_column(overflow="fold")
+        for label, text in rows:
+            table.add_row(label, Text(printable(text)))
+        self._out.print(table, soft_wrap=False)
+
+    def lines(self, lines: Sequence[str]) -> None:
+        """Plain lines on stdout: what the user asked to see."""
+        for line in lines:
+            self._out.print(Text(printable(line)))
+
+    def document(self, facts: Mapping[str, Any]) -> None:
+        """One JSON document on stdout."""
+        sys.stdout.write(json.dumps(facts, indent=1, ensure_ascii=True) + "\n")
+
+    @contextmanager
+    def progress(self, total: int, status: Callable[[], tuple[int, int, int]], allowed: int) -> Iterator[None]:
+        """Show progress while the body runs. `status` gives bytes read, written and held; `total` is read + written."""
+        show = self._show_json if self._json else self._show_bar if self._err.is_terminal else self._show_lines
+        if self._quiet and not self._json:
+            yield
+            return
+        stop = threading.Event()
+        thread = threading.Thread(target=show, args=(stop, total, status, allowed), name="progress", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def _show_bar(self, stop: threading.Event, total: int, status: Callable[[], tuple[int, int, int]], allowed: int) -> None:
+        columns = (
+            TextColumn("merging"),
+            BarColumn(bar_width=None),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[memory]}"),
+        )
+        with Progress(*columns, console=self._err, transient=True) as bar:
+            task = bar.add_task("merging", total=total, memory="")
+            while True:
+                read, written, held = status()
+                bar.update(task, completed=read + written, memory=f"{format_size(held)} of {format_size(allowed)}")
+                if stop.wait(0.1):
+                    return
+
+    def _show_lines(self, stop: threading.Event, total: int, status: Callable[[], tuple[int, int, int]], allowed: int) -> None:
+        began = time.monotonic()
+        while not stop.wait(_LINE_SECONDS):
+            read, written, held = status()
+            done, seconds = read + written, time.monotonic() - began
+            left = (total - done) * seconds / done if done else 0.0
+            self._err.print(
+                f"{100 * done / max(total, 1):.0f} %  {format_size(done)} of {format_size(total)}  "
+                f"{format_size(done / seconds)}/s  {format_seconds(left)} left  "
+                f"memory {format_size(held)} of {format_size(allowed)}"
+            )
+
+    def _show_json(self, stop: threading.Event, total: int, status: Callable[[], tuple[int, int, int]], allowed: int) -> None:
+        began = time.monotonic()
+        while not stop.wait(1.0):
+            read, written, held = status()
+            self.event(
+                "progress",
+                {"bytes_read": read, "bytes_written": written, "bytes_total": total, "memory_bytes": held,
+                 "limit_bytes": allowed, "seconds": round(time.monotonic() - began, 1)},
+            )  # fmt: skip
+
+    def _write_log(self, text: str) -> None:
+        if self._log is not None:
+            stamp = datetime.now(UTC).isoformat(timespec="seconds")
+            self._log.write("".join(f"{stamp} {line}\n" for line in printable(text).splitlines()))
+            self._log.flush()
