@@ -1,7 +1,7 @@
 """Programs compiled ahead of time, kept between runs.
 
 A program is exported with a free number of blocks and turned by AOTInductor into a package with one shared library.
-Loading one takes milliseconds and no part of the compiler; making one takes ten to twenty seconds and a C++ compiler,
+Loading one takes milliseconds and no part of the compiler; making one takes seven to fifteen seconds and a C++ compiler,
 so that happens in a child process, before the arena exists. Compiled and eager give the same bits (tested), so which
 of them ran is nobody's business but the clock's.
 """
@@ -27,7 +27,7 @@ from torch import Tensor
 from streammerge.kernels.contract import BLOCK, Arguments, Program, evaluate
 
 # What making packages costs: time of each, and memory of the child and its C++ compiler.
-SECONDS_TO_COMPILE = 15.0
+SECONDS_TO_COMPILE = 9.0
 BYTES_TO_COMPILE = 1_200_000_000
 
 

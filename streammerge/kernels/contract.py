@@ -67,6 +67,9 @@ class Program:
     merges: bool = False
     needs_starts: bool = False
     needs_keys: bool = False
+    # What eager code costs per element and model on one thread; compiled takes about half a nanosecond. Decides only
+    # whether compiling pays.
+    eager_ns: float = 2.0
 
     @property
     def label(self) -> str:
@@ -154,8 +157,9 @@ class Method:
     # The program that merges, for given settings.
     program: Callable[[Settings], Program]
     measure: Callable[[Problem], Measuring]
-    # How often the inputs are looked at, the merging pass included, when nothing stays in memory.
-    passes: Callable[[Settings], int]
+    # How often the inputs are looked at, the merging pass included, when nothing stays in memory. The second argument
+    # says whether all inputs are of 16 bits: then many deltas are equal, and cuts are found sooner.
+    passes: Callable[[Settings, bool], int]
     # Other programs that `measure` may run over whole tensors: worth compiling.
     looks: Callable[[Settings], tuple[Program, ...]] = field(default=lambda settings: ())
     # The input whose values are the result as they stand (0 is the base where there is one), or None.

@@ -90,7 +90,7 @@ def _magnitudes(tile: Tile, arguments: Arguments) -> Tensor:
     return torch.stack([magnitude(delta) for delta in tile.deltas()], 1)
 
 
-COUNT = Program(_count, (Argument("pivots", ("K", PIVOTS)),))
+COUNT = Program(_count, (Argument("pivots", ("K", PIVOTS)),), eager_ns=16)
 _MAGNITUDES = Program(_magnitudes)
 
 
@@ -122,10 +122,10 @@ class _Search:
             if round_number == 0:
                 seen = _window(seen, self.wanted / max(1, int(self.inside.sum())))
             values = np.unique(seen)
-            if len(values) <= PIVOTS // 2:
-                candidates = np.unique(np.concatenate([values, values + 1]))
-            else:
-                candidates = np.unique(seen[np.linspace(0, len(seen) - 1, PIVOTS).astype(int)])
+            if len(values) > PIVOTS // 2:
+                values = np.unique(seen[np.linspace(0, len(seen) - 1, PIVOTS // 2).astype(int)])
+            # A value and its successor: many entries may be equal, and then the cut lies among them.
+            candidates = np.unique(np.concatenate([values, values + 1]))
             inside = [int(key) for key in candidates if self.low < key < self.high]
             if inside:
                 return inside

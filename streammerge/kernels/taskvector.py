@@ -58,8 +58,9 @@ def task_vector_method(name: str, doc: str, *, sparsifier: Sparsifier, election:
         counting = (COUNT,) if used(settings) == "magnitude" else ()
         return counting + ((_weighing(used(settings)),) if rescales(settings) else ())
 
-    def passes(settings: Settings) -> int:
-        return 1 + (used(settings) == "magnitude") + rescales(settings)
+    def passes(settings: Settings, narrow: bool) -> int:
+        counting = (1 if narrow else 2) if used(settings) == "magnitude" else 0
+        return 1 + counting + rescales(settings)
 
     def measure(problem: Problem) -> Measuring:
         settings = problem.settings
@@ -125,6 +126,7 @@ def _merging(sparsifier: Sparsifier, election: bool, normalize: bool) -> Program
         merges=True,
         needs_starts=sparsifier == "magnitude",
         needs_keys=sparsifier == "random",
+        eager_ns=22 if election else 4,
     )
 
 
@@ -135,6 +137,7 @@ def _weighing(sparsifier: Sparsifier) -> Program:
         (("sparsifier", sparsifier),),
         needs_starts=sparsifier == "magnitude",
         needs_keys=sparsifier == "random",
+        eager_ns=18,
     )
 
 

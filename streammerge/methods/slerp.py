@@ -77,7 +77,7 @@ SLERP = Method(
     max_models=1,
     program=lambda settings: _PROGRAM,
     measure=_measure,
-    passes=lambda settings: 2,
+    passes=lambda settings, narrow: 2,
     looks=lambda settings: (_LOOK,),
     copies=lambda settings: {0.0: 0, 1.0: 1}.get(settings.number("t")),
 )

@@ -88,7 +88,7 @@ def make_schedule(plan: Plan, *, limit_bytes: int, limited_by: str, allowed: boo
     """
     models = max(len(tensor.inputs) for tensor in plan.tensors)
     work = threads * (_WORK_PER_THREAD + models * _WORK_PER_MODEL)
-    dirty = max(_LEAST_DIRTY, min(_MOST_DIRTY, limit_bytes // 8))
+    dirty = min(max(_LEAST_DIRTY, min(_MOST_DIRTY, limit_bytes // 8)), max(plan.bytes_to_write, 1))
     fixed = baseline_bytes + work + dirty
     room = limit_bytes - _reserve(limit_bytes) - fixed
     largest = max(tile_bytes(tensor, 1) for tensor in plan.tensors)

@@ -90,7 +90,9 @@ class Plan:
 
     def passes(self, tensor: TensorPlan) -> int:
         """How often the inputs of a tensor are read when they do not stay in memory."""
-        return self.method.passes(tensor.settings) if tensor.action == "merge" else 1
+        if tensor.action != "merge":
+            return 1
+        return self.method.passes(tensor.settings, all(DTYPES[spec.dtype].bits == 16 for spec in tensor.inputs))
 
 
 def build_plan(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, seed: int, shard_bytes: int) -> Plan:

@@ -21,7 +21,7 @@ from streammerge.kernels.compiled import Run, Signature, eager
 from streammerge.kernels.contract import Arguments, Look, Program
 
 # Pieces that stay in the caches: eager code makes many temporaries of a piece, compiled code few.
-_EAGER_PIECE, _COMPILED_PIECE = 1, 8
+_EAGER_PIECE, _COMPILED_PIECE = 1, 16
 
 Finder = Callable[[Program, Signature], Run | None]
 T = TypeVar("T")

@@ -51,8 +51,8 @@ from streammerge.storage.source import Source
 
 Compile = Literal["auto", "on", "off"]
 _READ_THREADS = 2
-# Nanoseconds that compiling saves per element, pass and model on one thread (docs/bench.md, 2026-11-24).
-_SAVED_NS = 8.0
+# Per element and model on one thread.
+_COMPILED_NS = 0.5
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ def _compile(plan: Plan, pending: list[TensorPlan], schedule: Schedule, device: 
     missing = [pair for pair in wanted if not cache.package(*pair).exists()]
     if not missing:
         return cache
-    saved = sum(wanted[pair] for pair in missing) * _SAVED_NS * 1e-9 / schedule.threads
+    saved = sum(wanted[pair] * (pair[0].eager_ns - _COMPILED_NS) for pair in missing) * 1e-9 / schedule.threads
     seconds = len(missing) * SECONDS_TO_COMPILE
     if options.compile == "auto":
         if saved < seconds or schedule.limit_bytes < BYTES_TO_COMPILE or compiler_missing():
