@@ -19,7 +19,7 @@ __all__ = ["__version__", "inspect", "merge", "plan", "verify"]
 
 def __getattr__(name: str) -> Any:
     if name in {"inspect", "merge", "plan", "verify"}:
-        from streammerge import api  # noqa: PLC0415
+        from streammerge import api
 
         return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

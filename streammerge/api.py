@@ -41,7 +41,7 @@ class _Silent:
 def merge(recipe: PathLike, out: PathLike, *, max_memory: str | int | None = None,
           max_gpu_memory: str | int | None = None, device: str = "auto", threads: int | None = None,
           out_shard_size: str | int = DEFAULT_SHARD_BYTES, compile: Compile = "auto", seed: int = 0,
-          restart: bool = False, strict: bool = False, note: Callable[[str], None] | None = None) -> Report:  # noqa: A002  # fmt: skip
+          restart: bool = False, strict: bool = False, note: Callable[[str], None] | None = None) -> Report:  # fmt: skip
     """Merge `recipe` into the directory `out`, going on where an earlier run stopped.
 
     Sizes are bytes or text like "24GB". `note` is called with what the user should know. Raises StreamMergeError.
@@ -51,7 +51,9 @@ def merge(recipe: PathLike, out: PathLike, *, max_memory: str | int | None = Non
     return _merge(Path(recipe), Path(out), options, _Silent(note))
 
 
-def plan(recipe: PathLike, *, out_shard_size: str | int = DEFAULT_SHARD_BYTES, seed: int = 0, strict: bool = False) -> Plan:
+def plan(
+    recipe: PathLike, *, out_shard_size: str | int = DEFAULT_SHARD_BYTES, seed: int = 0, strict: bool = False
+) -> Plan:
     """The plan of `recipe`, from headers alone. Raises StreamMergeError."""
     return make_plan(Path(recipe), Options(shard_bytes=_size(out_shard_size) or 0, seed=seed, strict=strict))
 

@@ -13,6 +13,8 @@ from streammerge.run.inspection import Inspection
 from streammerge.run.merge import Report
 
 Rows = list[tuple[str, str]]
+_SHOWN = 5
+_WORTH_SAYING = 0.1
 
 
 def plan_rows(plan: Plan, schedule: Schedule, seconds: float, side_files: list[str]) -> Rows:
@@ -23,16 +25,16 @@ def plan_rows(plan: Plan, schedule: Schedule, seconds: float, side_files: list[s
     base = f", base {plan.recipe.base.model}" if plan.recipe.base else ""
     elements = sum(tensor.elements for tensor in plan.tensors)
     read_twice = sum(1 for t in plan.tensors if plan.passes(t) > 1)
+    parts = f"baseline {format_size(schedule.baseline_bytes)}, buffers {format_size(schedule.arena_bytes)}"
     return [
         ("method", f"{plan.method.name}{base}"),
         ("models", ", ".join(source.model for source in plan.recipe.models) or "none"),
-        ("tensors", f"{len(plan.tensors):,} ({elements:,} elements)" + (f", {copied:,} of them copied" if copied else "")),
+        ("tensors", f"{len(plan.tensors):,} ({elements:,} elements){_of_them(copied, 'copied')}"),
         ("passes", _passes(passes, read_twice)),
         ("read", format_size(schedule.bytes_to_read)),
         ("write", f"{format_size(plan.bytes_to_write)} in {_count(len(plan.shards), 'file')}"),
         ("with", ", ".join(side_files) or "no side files"),
-        ("peak memory", f"{format_size(schedule.peak_bytes)} of {format_size(schedule.limit_bytes)} allowed "
-                        f"(baseline {format_size(schedule.baseline_bytes)}, buffers {format_size(schedule.arena_bytes)})"),
+        ("peak memory", f"{format_size(schedule.peak_bytes)} of {format_size(schedule.limit_bytes)} allowed ({parts})"),
         ("tiles", f"{schedule.tile_blocks * 65536:,} elements, {schedule.slots} in memory, {schedule.threads} threads"),
         ("disk", f"{format_size(plan.bytes_to_write)} needed"),
         ("time", f"about {format_seconds(seconds)} (a guess)"),
@@ -58,9 +60,7 @@ def plan_json(plan: Plan, schedule: Schedule, seconds: float, side_files: list[s
             "disk_bytes": plan.bytes_to_write,
             "estimated_seconds": round(seconds, 1),
         },
-        "shards": [
-            {"name": shard.name, "bytes": shard.nbytes, "tensors": len(shard.entries)} for shard in plan.shards
-        ],
+        "shards": [{"name": shard.name, "bytes": shard.nbytes, "tensors": len(shard.entries)} for shard in plan.shards],
         "tensors": [
             {
                 "name": tensor.name,
@@ -82,23 +82,29 @@ def plan_json(plan: Plan, schedule: Schedule, seconds: float, side_files: list[s
 def report_rows(report: Report, seconds: float) -> Rows:
     """A finished merge as label and text."""
     if report.already_finished:
-        return [("finished", f"{report.out} holds this very merge already; nothing was done"), ("digest", report.digest)]
+        return [
+            ("finished", f"{report.out} holds this very merge already; nothing was done"),
+            ("digest", report.digest),
+        ]
+    compiled = report.compile_seconds > _WORTH_SAYING
+    compiling = f", {format_seconds(report.compile_seconds)} compiling" if compiled else ""
     moved = report.read_bytes + report.written_bytes
     rows = [
         ("output", str(report.out)),
-        ("tensors", f"{report.tensors:,}" + (f", {report.resumed:,} of them from an earlier run" if report.resumed else "")),
+        ("tensors", f"{report.tensors:,}{_of_them(report.resumed, 'from an earlier run')}"),
         ("read", format_size(report.read_bytes)),
         ("written", format_size(report.written_bytes)),
         ("peak memory", f"{format_size(report.peak_bytes)} ({format_size(report.peak_own_bytes)} without file pages)"),
-        ("time", f"{format_seconds(seconds)}, {format_seconds(report.engine_seconds)} of it merging"
-                 + (f", {format_seconds(report.compile_seconds)} compiling" if report.compile_seconds > 0.1 else "")),
+        ("time", f"{format_seconds(seconds)}, {format_seconds(report.engine_seconds)} of it merging{compiling}"),
         ("rate", f"{moved / max(report.engine_seconds, 1e-9) / 1e9:.2f} GB/s read and written"),
     ]  # fmt: skip
     if report.nonfinite:
-        worst = list(report.nonfinite.items())[:5]
-        rows.append(("not finite", "; ".join(f"{name}: {inputs:,} in the inputs, {output:,} in the result"
-                                             for name, (inputs, output) in worst)
-                     + (f"; and {len(report.nonfinite) - 5} more tensors" if len(report.nonfinite) > 5 else "")))  # fmt: skip
+        shown = [
+            f"{name}: {inputs:,} in the inputs, {output:,} in the result"
+            for name, (inputs, output) in list(report.nonfinite.items())[:_SHOWN]
+        ]
+        more = [f"and {len(report.nonfinite) - _SHOWN} more tensors"] if len(report.nonfinite) > _SHOWN else []
+        rows.append(("not finite", "; ".join(shown + more)))
     return rows
 
 
@@ -172,3 +178,7 @@ def _passes(passes: list[int], read_twice: int) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def _of_them(number: int, what: str) -> str:
+    return f", {number:,} of them {what}" if number else ""

@@ -110,7 +110,9 @@ class Terminal:
             stop.set()
             thread.join()
 
-    def _show_bar(self, stop: threading.Event, total: int, status: Callable[[], tuple[int, int, int]], allowed: int) -> None:
+    def _show_bar(
+        self, stop: threading.Event, total: int, status: Callable[[], tuple[int, int, int]], allowed: int
+    ) -> None:
         columns = (
             TextColumn("merging"),
             BarColumn(bar_width=None),
@@ -127,7 +129,9 @@ class Terminal:
                 if stop.wait(0.1):
                     return
 
-    def _show_lines(self, stop: threading.Event, total: int, status: Callable[[], tuple[int, int, int]], allowed: int) -> None:
+    def _show_lines(
+        self, stop: threading.Event, total: int, status: Callable[[], tuple[int, int, int]], allowed: int
+    ) -> None:
         began = time.monotonic()
         while not stop.wait(_LINE_SECONDS):
             read, written, held = status()
@@ -139,7 +143,9 @@ class Terminal:
                 f"memory {format_size(held)} of {format_size(allowed)}"
             )
 
-    def _show_json(self, stop: threading.Event, total: int, status: Callable[[], tuple[int, int, int]], allowed: int) -> None:
+    def _show_json(
+        self, stop: threading.Event, total: int, status: Callable[[], tuple[int, int, int]], allowed: int
+    ) -> None:
         began = time.monotonic()
         while not stop.wait(1.0):
             read, written, held = status()

@@ -1,9 +1,9 @@
 """Programs compiled ahead of time, kept between runs.
 
 A program is exported with a free number of blocks and turned by AOTInductor into a package with one shared library.
-Loading one takes milliseconds and no part of the compiler; making one takes seven to fifteen seconds and a C++ compiler,
-so that happens in a child process, before the arena exists. Compiled and eager give the same bits (tested), so which
-of them ran is nobody's business but the clock's.
+Loading one takes milliseconds and no part of the compiler. Making one takes seven to fifteen seconds and a C++
+compiler, so that happens in a child process, before the arena exists. Compiled and eager give the same bits (tested),
+so which of them ran is nobody's business but the clock's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from streammerge.kernels.contract import BLOCK, Arguments, Program, evaluate
+from streammerge.kernels.contract import Arguments, Program, evaluate
 
 # What making packages costs: time of each, and memory of the child and its C++ compiler.
 SECONDS_TO_COMPILE = 9.0
@@ -44,13 +44,13 @@ class Signature(NamedTuple):
         return len(self.inputs) - self.has_base
 
 
-Run = Callable[[Sequence[Tensor], Tensor | None, Tensor, Tensor | None, Arguments], Tensor]
+Run = Callable[[Sequence[Tensor], Tensor | None, Tensor | None, Tensor | None, Arguments], Tensor]
 
 
 def eager(program: Program, signature: Signature) -> Run:
     """The program as it stands."""
 
-    def run(inputs: Sequence[Tensor], out: Tensor | None, starts: Tensor, keys: Tensor | None,
+    def run(inputs: Sequence[Tensor], out: Tensor | None, starts: Tensor | None, keys: Tensor | None,
             arguments: Arguments) -> Tensor:  # fmt: skip
         return evaluate(program, signature.work, inputs, signature.has_base, out, starts, keys, arguments)
 
@@ -73,10 +73,10 @@ class Cache:
         if not package.exists():
             return None
         # The loader of torch._inductor, without importing the compiler behind it (two seconds, 170 MB).
-        loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, threads, -1)  # type: ignore[attr-defined]
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, threads, -1)
         names = [argument.name for argument in program.arguments]
 
-        def run(inputs: Sequence[Tensor], out: Tensor | None, starts: Tensor, keys: Tensor | None,
+        def run(inputs: Sequence[Tensor], out: Tensor | None, starts: Tensor | None, keys: Tensor | None,
                 arguments: Arguments) -> Tensor:  # fmt: skip
             flat = flatten(program, inputs, out, starts, keys, [arguments[name] for name in names])
             result: list[Tensor] = loader.boxed_run(flat)
@@ -92,7 +92,9 @@ class Cache:
         if (reason := compiler_missing()) is not None:
             return reason
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        request = pickle.dumps([(program, signature, self.package(program, signature)) for program, signature in missing])
+        request = pickle.dumps(
+            [(program, signature, self.package(program, signature)) for program, signature in missing]
+        )
         # One compiler process at a time: the plan counts one.
         environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
         done = subprocess.run(
@@ -127,13 +129,14 @@ def _environment() -> str:
     return f"{sources.hexdigest()} {torch.__version__} {platform.machine()} {flags}"
 
 
-def flatten(program: Program, inputs: Sequence[Tensor], out: Tensor | None, starts: Tensor,
+def flatten(program: Program, inputs: Sequence[Tensor], out: Tensor | None, starts: Tensor | None,
              keys: Tensor | None, arguments: Sequence[Tensor]) -> list[Tensor]:  # fmt: skip
     """The inputs of a compiled program in their fixed order."""
     flat = [*inputs]
     if out is not None:
         flat.append(out)
     if program.needs_starts:
+        assert starts is not None
         flat.append(starts)
     if program.needs_keys:
         assert keys is not None

@@ -50,7 +50,7 @@ CUT_ARGUMENTS = (Argument("threshold"), Argument("last", dtype=torch.int64))
 def magnitude(delta: Tensor) -> Tensor:
     """|delta|, with NaN as infinity."""
     size = delta.abs()
-    return torch.where(size == size, size, float("inf"))
+    return torch.where(size == size, size, float("inf"))  # noqa: PLR0124 - false for NaN only
 
 
 def cut_mask(delta: Tensor, starts: Tensor, threshold: Tensor, last: Tensor) -> Tensor:
@@ -79,9 +79,7 @@ def _count(tile: Tile, arguments: Arguments) -> Tensor:
     counts = []
     for model, delta in enumerate(tile.deltas()):
         size = magnitude(delta)
-        counts.append(
-            torch.stack([torch.where(size >= pivots[model, i], 1.0, 0.0).sum(-1) for i in range(PIVOTS)], -1)
-        )
+        counts.append(torch.stack([torch.where(size >= pivots[model, i], 1.0, 0.0).sum(-1) for i in range(PIVOTS)], -1))
     return torch.stack(counts, 1)
 
 
@@ -174,9 +172,7 @@ def magnitude_cuts(problem: Problem, densities: list[float]) -> Looking[list[Cut
     ]
     blocks = -(-n // BLOCK)
     searches = {
-        i: _Search(max(1, int(density * n)), n, blocks, work)
-        for i, density in enumerate(densities)
-        if cuts[i] is None
+        i: _Search(max(1, int(density * n)), n, blocks, work) for i, density in enumerate(densities) if cuts[i] is None
     }
     if searches:
         sample = yield from _sample(problem)
@@ -242,7 +238,7 @@ def _collect(problem: Problem, searches: dict[int, _Search]) -> Looking[None]:
         index = np.concatenate([answer[i][1] for answer in answers])
         if search.high - search.low == 1:
             # Other searches may have asked for other blocks: only the one where the cut lies counts.
-            (block,) = search.blocks_to_fetch()  # type: ignore[misc]
+            (block,) = search.blocks_to_fetch()
             here = index // BLOCK == block
             keys, index = keys[here], index[here]
         search.pick(keys, index, problem.work)

@@ -153,7 +153,7 @@ def _masks(tile: Tile, deltas: list[Tensor], arguments: Arguments, sparsifier: S
             cut_mask(delta, tile.starts, arguments["threshold"][i], arguments["last"][i])
             for i, delta in enumerate(deltas)
         ]
-    assert sparsifier == "random" and tile.keys is not None
+    assert tile.keys is not None
     return [keep_mask(tile.keys[:, i], arguments["limit"][i]) for i in range(len(deltas))]
 
 
@@ -193,7 +193,9 @@ def _merge(tile: Tile, arguments: Arguments, sparsifier: Sparsifier, election: b
     return tile.base + merged * arguments["lambda"]
 
 
-def _rescale_factors(weighing: Program, arguments: Arguments, densities: list[float]) -> Generator[Look, Any, list[float]]:
+def _rescale_factors(
+    weighing: Program, arguments: Arguments, densities: list[float]
+) -> Generator[Look, Any, list[float]]:
     answer: Tensor = yield Look(weighing, dict(arguments))
     masses = total(answer)
     factors = []

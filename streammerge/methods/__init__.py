@@ -12,6 +12,5 @@ from streammerge.methods.task_arithmetic import TASK_ARITHMETIC
 from streammerge.methods.ties import TIES
 
 METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (LINEAR, TASK_ARITHMETIC, PASSTHROUGH, SLERP, TIES, DARE_LINEAR, DARE_TIES)
+    method.name: method for method in (LINEAR, TASK_ARITHMETIC, PASSTHROUGH, SLERP, TIES, DARE_LINEAR, DARE_TIES)
 }

@@ -1,4 +1,4 @@
-"""DARE: drop random entries of each delta, scale the rest back up, and merge what is left by elected signs, as TIES does.
+"""DARE with TIES: drop random entries of each delta, scale the rest back up, merge what is left by elected signs.
 
 Each entry stays with probability `density`. The scale is the ratio of the sums of magnitudes before and after, over
 the whole tensor, as in mergekit; the paper's is 1/density. The random bits are a function of seed, tensor, model and

@@ -30,7 +30,7 @@ def lay_out(tensors: Mapping[str, tuple[str, tuple[int, ...]]], shard_bytes: int
     Names and split are the Hub's; a tensor larger than that gets a shard of its own.
     """
     # Imported here: the library takes a tenth of a second, which `--help` should not pay.
-    from huggingface_hub import split_state_dict_into_shards_factory  # noqa: PLC0415
+    from huggingface_hub import split_state_dict_into_shards_factory
 
     split = split_state_dict_into_shards_factory(
         dict(tensors),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import sys
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,13 +17,41 @@ from streammerge.kernels.dtypes import torch_dtype
 
 # Not in Python's mmap module.
 _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
+_ZEROS = bytes(BLOCK * 8)
+
+
+class Area:
+    """A part of the arena that holds one input or output of a tile: as a tensor (blocks, BLOCK), and as bytes.
+
+    Views are made once: every torch call lets other threads in, and waiting to be let in again costs more than the
+    call (a third of a linear merge, measured 2026-11-24).
+    """
+
+    def __init__(self, tensor: Tensor, data: memoryview) -> None:
+        self.tensor, self.bytes = tensor, data
+        self.itemsize = tensor.element_size()
+        self._pieces: dict[int, list[Tensor]] = {}
+
+    def pieces(self, size: int) -> list[Tensor]:
+        """The tensor in pieces of at most `size` blocks."""
+        if size not in self._pieces:
+            self._pieces[size] = [self.tensor[first : first + size] for first in range(0, len(self.tensor), size)]
+        return self._pieces[size]
+
+    def zero_from(self, elements: int) -> None:
+        """Fill with zeros from `elements` on to the end of that block."""
+        start, stop = elements * self.itemsize, -(-elements // BLOCK) * BLOCK * self.itemsize
+        self.bytes[start:stop] = _ZEROS[: stop - start]
 
 
 class Arena:
-    """Owns the memory. `slots` parts of `slot_bytes`, then a scratch part."""
+    """Owns the memory: `slots` parts of `slot_bytes`, numbered from 0, then a scratch part with the next number."""
 
-    def __init__(self, slots: int, slot_bytes: int, scratch_bytes: int) -> None:
-        """Reserve and touch all of it, so that a budget that does not fit fails now. Raises DoesNotFit."""
+    def __init__(self, slots: int, slot_bytes: int, scratch_bytes: int, *, touch: bool) -> None:
+        """Reserve the memory; with `touch` take all of it now, so that a budget that does not fit fails at once.
+
+        Raises DoesNotFit.
+        """
         size = slots * slot_bytes + scratch_bytes
         size += -size % mmap.PAGESIZE
         try:
@@ -31,45 +59,36 @@ class Arena:
             self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if sys.platform == "linux":
                 self._advise(_MADV_HUGEPAGE)
-                self._advise(_MADV_POPULATE_WRITE)
+                if touch:
+                    self._advise(_MADV_POPULATE_WRITE)
         except (OSError, MemoryError) as error:
-            raise DoesNotFit(f"No memory for buffers of {format_size(size)}: {error}. Give a smaller --max-memory.") from error
-        self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
-        self.slots, self.slot_bytes, self.scratch_bytes = slots, slot_bytes, scratch_bytes
+            raise DoesNotFit(
+                f"No memory for buffers of {format_size(size)}: {error}. Give a smaller --max-memory."
+            ) from error
+        self._bytes = memoryview(self._memory)
+        self._made: dict[tuple[int, tuple[str, ...], int], list[Area]] = {}
+        # All of it, for pinning.
+        self.tensor = torch.frombuffer(self._memory, dtype=torch.uint8)
+        self.slots, self.slot_bytes = slots, slot_bytes
 
-    @property
-    def tensor(self) -> Tensor:
-        """All of it as one uint8 tensor, for pinning."""
-        return self._bytes
-
-    def slot(self, number: int) -> Tensor:
-        """Slot `number` as a uint8 tensor."""
-        return self._bytes[number * self.slot_bytes : (number + 1) * self.slot_bytes]
-
-    def scratch(self) -> Tensor:
-        start = self.slots * self.slot_bytes
-        return self._bytes[start : start + self.scratch_bytes]
+    def areas(self, slot: int, dtypes: tuple[str, ...], blocks: int) -> list[Area]:
+        """Slot number `slot` cut into one area of `blocks` blocks per dtype name. Made once, then the same again."""
+        key = (slot, dtypes, blocks)
+        if key not in self._made:
+            areas = []
+            start = slot * self.slot_bytes
+            for name in dtypes:
+                stop = start + DTYPES[name].itemsize * blocks * BLOCK
+                tensor = self.tensor[start:stop].view(torch_dtype(name)).view(blocks, BLOCK)
+                areas.append(Area(tensor, self._bytes[start:stop]))
+                start = stop
+            self._made[key] = areas
+        return self._made[key]
 
     def _advise(self, advice: int) -> None:
         try:
             self._memory.madvise(advice)
         except OSError as error:
             # Kernels before 5.14 do not populate; then memory is touched when it is first used.
-            if advice == _MADV_POPULATE_WRITE and error.errno != 22:
+            if advice == _MADV_POPULATE_WRITE and error.errno != errno.EINVAL:
                 raise
-
-
-def areas(memory: Tensor, dtypes: Sequence[str], blocks: int) -> list[Tensor]:
-    """Cut a slot into one (blocks, BLOCK) tensor per dtype name, one after the other."""
-    tensors = []
-    start = 0
-    for name in dtypes:
-        size = DTYPES[name].itemsize * blocks * BLOCK
-        tensors.append(memory[start : start + size].view(torch_dtype(name)).view(blocks, BLOCK))
-        start += size
-    return tensors
-
-
-def raw(tensor: Tensor, elements: int) -> memoryview:
-    """The bytes of the first `elements` elements of a contiguous CPU tensor, without a copy."""
-    return memoryview(tensor.view(-1)[:elements].view(torch.uint8).numpy()).cast("B")

@@ -25,11 +25,14 @@ from streammerge.kernels.contract import BLOCK, Look, Problem, Program
 from streammerge.kernels.dtypes import torch_dtype
 from streammerge.plan.budget import SCRATCH_BLOCKS, Schedule, tiles_of
 from streammerge.plan.plan import Plan, TensorPlan
-from streammerge.run.arena import Arena, areas, raw
+from streammerge.run.arena import Area, Arena
 from streammerge.run.journal import Done
 from streammerge.run.lane import Lane, Merged
-from streammerge.run.pipeline import ReadAhead, Tile, WriteBehind, read_elements, tile_dtypes, zero_rest
+from streammerge.run.pipeline import ReadAhead, Tile, WriteBehind, read_elements, tile_dtypes
 from streammerge.storage.source import Source
+
+# One tile is computed, the next one waits its turn.
+_LOOKS_AT_ONCE = 2
 
 
 class Engine:
@@ -51,22 +54,30 @@ class Engine:
         while self._ahead:
             tensor, tiles = self._ahead.popleft()
             if tensor.elements == 0:
-                self._writer.put(
-                    tensor, memoryview(b""), tensor.offset, ready=_nothing, release=_nothing,
-                    finish=lambda checksum, name=tensor.name: Done(name, checksum),
-                )  # fmt: skip
+                self._write_nothing(tensor)
             elif tensor.action == "merge":
                 self._merge(tensor, tiles)
             else:
                 self._copy(tensor, tiles)
             self._read_ahead()
 
+    def _write_nothing(self, tensor: TensorPlan) -> None:
+        """A tensor without elements has no tiles, but its line in the journal."""
+
+        def finish(checksum: str) -> Done:
+            return Done(tensor.name, checksum)
+
+        self._writer.put(
+            tensor, memoryview(b""), tensor.offset, ready=_nothing, release=_nothing, finish=finish
+        )  # fmt: skip
+
     def _copy(self, tensor: TensorPlan, tiles: list[Tile]) -> None:
         self._read_ahead()
         for tile in tiles:
             self._get(tile)
             for other in tile.inputs[1:]:
-                if not torch.equal(_bytes(tile.inputs[0], tile.elements), _bytes(other, tile.elements)):
+                size = tile.elements * other.itemsize
+                if tile.inputs[0].bytes[:size] != other.bytes[:size]:
                     raise UserError(
                         f"{tensor.name}: its integers ({tensor.dtype}) differ between inputs, and integers are only "
                         f"copied. Give the models the same ones, or leave one of them out."
@@ -105,32 +116,47 @@ class Engine:
         seen: list[Merged] = []
         for tile in tiles:
             self._get(tile)
-            starts, tile_keys = _starts(tile.first_block, tile.blocks), _keys(program, keys, tile)
+            starts = _starts(tile.first_block, tile.blocks) if program.needs_starts else None
             assert tile.output is not None
             merged = self._lane.merge(
-                program, signature, tile.inputs, tile.output, tile.elements, starts, tile_keys, arguments
-            )
+                program, signature, tile.inputs, tile.output, tile.elements, starts, _keys(program, keys, tile),
+                arguments,
+            )  # fmt: skip
             seen.append(merged)
             self._put(tile, tile.output, seen)
 
     def _look_at_all(self, look: Look, signature: Signature, keys: list[int], tiles: list[Tile], *, keep: bool) -> Any:
         parts: list[Any] = []
-        for tile in tiles:
-            self._get(tile)
-            starts = _starts(tile.first_block, tile.blocks)
-            parts += self._lane.look(look, signature, tile.inputs, starts, _keys(look.program, keys, tile))
+        looking: deque[tuple[Tile, Callable[[], list[Any]]]] = deque()
+
+        def take() -> None:
+            tile, result = looking.popleft()
+            parts.extend(result())
             if not keep:
                 self._reader.release(tile)
+
+        for tile in tiles:
+            self._get(tile)
+            needed = look.program.needs_starts or look.digest is not None
+            starts = _starts(tile.first_block, tile.blocks) if needed else None
+            result = self._lane.look(look, signature, tile.inputs, starts, _keys(look.program, keys, tile))
+            looking.append((tile, result))
+            if len(looking) == _LOOKS_AT_ONCE:
+                take()
+        while looking:
+            take()
         return parts if look.digest is not None else torch.cat(parts)
 
     def _look_at_spans(self, tensor: TensorPlan, look: Look, signature: Signature, keys: list[int],
                        tiles: list[Tile] | None) -> Any:  # fmt: skip
         """Pack the spans into the scratch area, a few blocks at a time, from tiles in memory or from the files."""
-        inputs = areas(self._arena.scratch(), tile_dtypes(tensor)[: len(tensor.read_inputs)], SCRATCH_BLOCKS)
+        dtypes = tile_dtypes(tensor)[: len(tensor.read_inputs)]
         parts: list[Any] = []
         for pack in _packs(look.spans or ()):
             at = 0
-            starts = torch.zeros(SCRATCH_BLOCKS, 1, dtype=torch.int64)
+            blocks = -(-sum(elements for _, elements in pack) // BLOCK)
+            inputs = self._arena.areas(self._arena.slots, dtypes, blocks)
+            starts = torch.zeros(blocks, 1, dtype=torch.int64)
             for start, elements in pack:
                 if at % BLOCK == 0:
                     starts[at // BLOCK] = start
@@ -140,26 +166,22 @@ class Engine:
                     self._gather(inputs, tiles, start, elements, at)
                 at += elements
             for area in inputs:
-                zero_rest(area, at)
-            blocks = -(-at // BLOCK)
-            block_numbers = (starts[:blocks, 0] // BLOCK).tolist()
-            tile_keys = (
-                torch.cat([block_keys(keys, number, 1) for number in block_numbers])
-                if look.program.needs_keys
-                else None
-            )
-            parts += self._lane.look(look, signature, [area[:blocks] for area in inputs], starts[:blocks], tile_keys)
+                area.zero_from(at)
+            tile_keys = None
+            if look.program.needs_keys:
+                tile_keys = torch.cat([block_keys(keys, start // BLOCK, 1) for start in starts[:, 0].tolist()])
+            parts += self._lane.look(look, signature, inputs, starts, tile_keys)()
         return parts if look.digest is not None else torch.cat(parts)
 
-    def _gather(self, into: Sequence[Tensor], tiles: list[Tile], start: int, elements: int, at: int) -> None:
-        """Copy elements [start, start + elements) out of tiles in memory."""
+    def _gather(self, into: Sequence[Area], tiles: list[Tile], start: int, elements: int, at: int) -> None:
+        """Copy elements [start, start + elements) out of tiles in memory, to element `at` on."""
         while elements:
-            tile = tiles[start // (self._schedule.tile_blocks * BLOCK)]
-            self._get(tile)
+            tile = self._get(tiles[start // (self._schedule.tile_blocks * BLOCK)])
             first = start - tile.start
             count = min(elements, tile.elements - first)
             for area, source in zip(into, tile.inputs, strict=True):
-                area.view(-1)[at : at + count] = source.view(-1)[first : first + count]
+                size = area.itemsize
+                area.bytes[at * size : (at + count) * size] = source.bytes[first * size : (first + count) * size]
             start, at, elements = start + count, at + count, elements - count
 
     def _get(self, tile: Tile) -> Tile:
@@ -170,10 +192,9 @@ class Engine:
         except InputError as error:
             raise InputError(f"{error} (tensor {tile.tensor.name})") from error
 
-    def _put(self, tile: Tile, area: Tensor, merged: list[Merged] | None) -> None:
+    def _put(self, tile: Tile, area: Area, merged: list[Merged] | None) -> None:
         """Hand a tile's bytes to the writer; with the last tile, what the journal will say."""
         tensor = tile.tensor
-        itemsize = area.element_size()
         last = tile.start + tile.elements == tensor.elements
 
         def finish(checksum: str) -> Done:
@@ -182,8 +203,8 @@ class Engine:
 
         self._writer.put(
             tensor,
-            raw(area, tile.elements),
-            tensor.offset + tile.start * itemsize,
+            area.bytes[: tile.elements * area.itemsize],
+            tensor.offset + tile.start * area.itemsize,
             ready=merged[-1].ready if merged else _nothing,
             release=lambda: self._reader.release(tile),
             finish=finish if last else None,
@@ -233,10 +254,6 @@ def _starts(first_block: int, blocks: int) -> Tensor:
 
 def _keys(program: Program, keys: list[int], tile: Tile) -> Tensor | None:
     return block_keys(keys, tile.first_block, tile.blocks) if program.needs_keys else None
-
-
-def _bytes(area: Tensor, elements: int) -> Tensor:
-    return area.view(-1)[:elements].view(torch.uint8)
 
 
 def _packs(spans: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:

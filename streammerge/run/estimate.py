@@ -26,7 +26,9 @@ def estimate_seconds(plan: Plan, schedule: Schedule) -> float:
     reading = schedule.bytes_to_read / _read_rate(plan)
     writing = plan.bytes_to_write / _WRITE_BYTES_PER_SECOND
     work = sum(
-        tensor.elements * len(tensor.inputs) * plan.passes(tensor) for tensor in plan.tensors if tensor.action == "merge"
+        tensor.elements * len(tensor.inputs) * plan.passes(tensor)
+        for tensor in plan.tensors
+        if tensor.action == "merge"
     )
     computing = work * _NS_PER_ELEMENT * 1e-9 / schedule.threads
     return _START_SECONDS + max(reading, writing, computing)

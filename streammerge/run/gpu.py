@@ -10,7 +10,7 @@ direct. Not yet run on a GPU: see docs/design.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from streammerge.base.errors import DoesNotFit, StreamMergeError, UserError
 from streammerge.base.units import format_size
 from streammerge.kernels.compiled import Signature
 from streammerge.kernels.contract import Arguments, Look, Program, evaluate
-from streammerge.run.arena import Arena
+from streammerge.run.arena import Area, Arena
 from streammerge.run.lane import Merged, count_nonfinite
 
 _RING = 3
@@ -70,39 +70,46 @@ class CudaLane:
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
         self._arena = arena.tensor
         self._check(torch.cuda.cudart().cudaHostRegister(self._arena.data_ptr(), self._arena.nbytes, 0))  # type: ignore[no-untyped-call]
-        self._copy_in, self._compute, self._copy_out = (torch.cuda.Stream(device) for _ in range(3))
+        self._copy_in, self._compute, self._copy_out = (torch.cuda.Stream(device) for _ in range(3))  # type: ignore[no-untyped-call]
         self._ring = [
-            _Buffer(torch.empty(arena.slot_bytes, dtype=torch.uint8, device=device), torch.cuda.Event())
-            for _ in range(_RING)
+            _Buffer(torch.empty(arena.slot_bytes, dtype=torch.uint8, device=device), _event()) for _ in range(_RING)
         ]
         self._turn = 0
 
-    def look(self, look: Look, signature: Signature, inputs: Sequence[Tensor], starts: Tensor,
-             keys: Tensor | None) -> list[Any]:  # fmt: skip
-        buffer, values, _, copied = self._upload(inputs, None)
+    def look(self, look: Look, signature: Signature, inputs: Sequence[Area], starts: Tensor | None,
+             keys: Tensor | None) -> Callable[[], list[Any]]:  # fmt: skip
+        buffer, values, _ = self._upload([area.tensor for area in inputs], None)
         with torch.cuda.stream(self._compute):
             result = evaluate(look.program, signature.work, values, signature.has_base, None, self._small(starts),
                               self._small(keys), self._arguments(look.arguments))  # fmt: skip
             buffer.free.record(self._compute)
-            host = result.cpu()
-        copied.synchronize()
-        return [host if look.digest is None else look.digest(host, starts)]
 
-    def merge(self, program: Program, signature: Signature, inputs: Sequence[Tensor], out: Tensor, elements: int,
-              starts: Tensor, keys: Tensor | None, arguments: Arguments) -> Merged:  # fmt: skip
-        buffer, values, result, _ = self._upload(inputs, out)
+        def answer() -> list[Any]:
+            # Computed means copied, too: the tile may be given back.
+            with torch.cuda.stream(self._compute):
+                host = result.cpu()
+            if look.digest is None:
+                return [host]
+            assert starts is not None
+            return [look.digest(host, starts)]
+
+        return answer
+
+    def merge(self, program: Program, signature: Signature, inputs: Sequence[Area], out: Area, elements: int,
+              starts: Tensor | None, keys: Tensor | None, arguments: Arguments) -> Merged:  # fmt: skip
+        buffer, values, result = self._upload([area.tensor for area in inputs], out.tensor)
         assert result is not None
         with torch.cuda.stream(self._compute):
             evaluate(program, signature.work, values, signature.has_base, result, self._small(starts),
                      self._small(keys), self._arguments(arguments))  # fmt: skip
             counts = torch.stack([count_nonfinite(x, elements) for x in (*values, result)])
-            computed = torch.cuda.Event()
+            computed = _event()
             computed.record(self._compute)
         with torch.cuda.stream(self._copy_out):
             self._copy_out.wait_event(computed)
-            out.copy_(result, non_blocking=True)
+            out.tensor.copy_(result, non_blocking=True)
             buffer.free.record(self._copy_out)
-            done = torch.cuda.Event()
+            done = _event()
             done.record(self._copy_out)
 
         def nonfinite() -> tuple[list[int], int]:
@@ -115,7 +122,7 @@ class CudaLane:
         torch.cuda.synchronize(self._device)
         self._check(torch.cuda.cudart().cudaHostUnregister(self._arena.data_ptr()))  # type: ignore[no-untyped-call]
 
-    def _upload(self, inputs: Sequence[Tensor], out: Tensor | None) -> tuple[_Buffer, list[Tensor], Tensor | None, torch.cuda.Event]:
+    def _upload(self, inputs: Sequence[Tensor], out: Tensor | None) -> tuple[_Buffer, list[Tensor], Tensor | None]:
         """Start copying a tile to the next buffer; compute waits for it. The result's place is after the inputs."""
         buffer = self._ring[self._turn]
         self._turn = (self._turn + 1) % _RING
@@ -124,14 +131,14 @@ class CudaLane:
         for tensor in inputs if out is None else (*inputs, out):
             places.append(buffer.memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
             start += tensor.nbytes
-        copied = torch.cuda.Event()
+        copied = _event()
         with torch.cuda.stream(self._copy_in):
             self._copy_in.wait_event(buffer.free)
             for place, tensor in zip(places, inputs, strict=False):
                 place.copy_(tensor, non_blocking=True)
             copied.record(self._copy_in)
         self._compute.wait_event(copied)
-        return buffer, places[: len(inputs)], None if out is None else places[-1], copied
+        return buffer, places[: len(inputs)], None if out is None else places[-1]
 
     def _small(self, tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(self._device)
@@ -143,3 +150,7 @@ class CudaLane:
     def _check(code: int) -> None:
         if int(code) != 0:
             raise StreamMergeError(f"CUDA could not pin the buffers (error {int(code)}).")
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]

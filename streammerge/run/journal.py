@@ -90,4 +90,3 @@ def _fields(line: bytes) -> dict[str, Any] | None:
         return None
     text = line[9:-1]
     return json.loads(text) if b"%08x" % zlib.crc32(text) == line[:8] else None
-

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from streammerge.kernels.compiled import Run, Signature, eager
 from streammerge.kernels.contract import Arguments, Look, Program
+from streammerge.run.arena import Area
 
 # Pieces that stay in the caches: eager code makes many temporaries of a piece, compiled code few.
-_EAGER_PIECE, _COMPILED_PIECE = 1, 16
+_EAGER_PIECE, _COMPILED_PIECE = 1, 32
 
 Finder = Callable[[Program, Signature], Run | None]
 T = TypeVar("T")
@@ -29,9 +30,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Merged:
-    """A tile on its way into its output area: `ready` returns when it is there.
+    """A tile on its way into its output area.
 
-    `nonfinite` gives, once it is, how many elements of each input and of the result are not finite.
+    `ready` returns when it is there, and raises what computing it raised. `nonfinite` then gives how many elements of
+    each input and of the result are not finite ([] and 0 when none is).
     """
 
     ready: Callable[[], None]
@@ -39,14 +41,17 @@ class Merged:
 
 
 class Lane(Protocol):
-    """What the engine asks of a device. All tensors given are in the arena; `starts` and `keys` are a tile's."""
+    """What the engine asks of a device. `starts` and `keys` are a tile's, None where the program needs none.
 
-    def look(self, look: Look, signature: Signature, inputs: Sequence[Tensor], starts: Tensor,
-             keys: Tensor | None) -> list[Any]:  # fmt: skip
-        """The look's partial results over a tile, in order: tensors, or what its digest made of them."""
+    Both calls return at once; inputs must stay as they are until the results were taken.
+    """
 
-    def merge(self, program: Program, signature: Signature, inputs: Sequence[Tensor], out: Tensor, elements: int,
-              starts: Tensor, keys: Tensor | None, arguments: Arguments) -> Merged:  # fmt: skip
+    def look(self, look: Look, signature: Signature, inputs: Sequence[Area], starts: Tensor | None,
+             keys: Tensor | None) -> Callable[[], list[Any]]:  # fmt: skip
+        """Look at a tile. What is returned waits for the partial results, tensors or what the look's digest made."""
+
+    def merge(self, program: Program, signature: Signature, inputs: Sequence[Area], out: Area, elements: int,
+              starts: Tensor | None, keys: Tensor | None, arguments: Arguments) -> Merged:  # fmt: skip
         """Fill `out`, of which the first `elements` count."""
 
     def close(self) -> None:
@@ -64,60 +69,81 @@ class CpuLane:
     def __init__(self, threads: int, compiled: Finder) -> None:
         # The pool is the parallelism; torch's own threads would only spin beside it and the readers.
         torch.set_num_threads(1)
-        self._threads = threads
         self._pool = ThreadPoolExecutor(threads, "compute", initializer=torch.set_num_threads, initargs=(1,))
         self._find = compiled
         self._runs: dict[tuple[Program, Signature], tuple[Run, int]] = {}
 
-    def look(self, look: Look, signature: Signature, inputs: Sequence[Tensor], starts: Tensor,
-             keys: Tensor | None) -> list[Any]:  # fmt: skip
+    def look(self, look: Look, signature: Signature, inputs: Sequence[Area], starts: Tensor | None,
+             keys: Tensor | None) -> Callable[[], list[Any]]:  # fmt: skip
         run, size = self._run(look.program, signature)
+        pieces = _Pieces(size, inputs, None, starts, keys)
 
-        def work(piece: slice) -> Any:
-            result = run(
-                [x[piece] for x in inputs], None, starts[piece], None if keys is None else keys[piece], look.arguments
-            )
-            return result if look.digest is None else look.digest(result, starts[piece])
+        def work(i: int) -> Any:
+            result = run(*pieces[i], look.arguments)
+            if look.digest is None:
+                return result
+            assert pieces.starts is not None
+            return look.digest(result, pieces.starts[i])
 
-        return self._map(work, len(starts), size)
+        futures = [self._pool.submit(work, i) for i in range(len(pieces))]
+        return lambda: [future.result() for future in futures]
 
-    def merge(self, program: Program, signature: Signature, inputs: Sequence[Tensor], out: Tensor, elements: int,
-              starts: Tensor, keys: Tensor | None, arguments: Arguments) -> Merged:  # fmt: skip
+    def merge(self, program: Program, signature: Signature, inputs: Sequence[Area], out: Area, elements: int,
+              starts: Tensor | None, keys: Tensor | None, arguments: Arguments) -> Merged:  # fmt: skip
         run, size = self._run(program, signature)
+        pieces = _Pieces(size, inputs, out, starts, keys)
 
-        def work(piece: slice) -> bool:
-            probe = run(
-                [x[piece] for x in inputs], out[piece], starts[piece], None if keys is None else keys[piece], arguments
-            )
-            return bool((probe == 0).all())
+        def work(i: int) -> bool:
+            # 0 for finite blocks, and NaN counts as true. Through numpy: it keeps other threads out for an instant,
+            # where torch would let them in and wait.
+            return not run(*pieces[i], arguments).numpy().any()
 
-        counts: tuple[list[int], int] = ([], 0)
-        if not all(self._map(work, len(starts), size)):
-            counts = [int(count_nonfinite(x, elements)) for x in inputs], int(count_nonfinite(out, elements))
-        return Merged(lambda: None, lambda: counts)
+        futures = [self._pool.submit(work, i) for i in range(len(pieces))]
+        counts: list[tuple[list[int], int]] = []
+
+        def ready() -> None:
+            finite = [future.result() for future in futures]
+            # The inputs are still there: whoever waits has not given the tile back yet.
+            if not counts and not all(finite):
+                before = [int(count_nonfinite(area.tensor, elements)) for area in inputs]
+                counts.append((before, int(count_nonfinite(out.tensor, elements))))
+
+        return Merged(ready, lambda: counts[0] if counts else ([], 0))
 
     def close(self) -> None:
-        self._pool.shutdown()
-
-    def _map(self, work: Callable[[slice], T], blocks: int, size: int) -> list[T]:
-        """`work` on every piece of `size` blocks; each thread takes the next one that is left."""
-        pieces = [slice(first, first + size) for first in range(0, blocks, size)]
-        if len(pieces) == 1 or self._threads == 1:
-            return [work(piece) for piece in pieces]
-        left = iter(range(len(pieces)))
-        results: dict[int, T] = {}
-
-        def take() -> None:
-            for i in left:
-                results[i] = work(pieces[i])
-
-        for future in [self._pool.submit(take) for _ in range(min(self._threads, len(pieces)))]:
-            future.result()
-        return [results[i] for i in range(len(pieces))]
+        self._pool.shutdown(cancel_futures=True)
 
     def _run(self, program: Program, signature: Signature) -> tuple[Run, int]:
         key = (program, signature)
         if key not in self._runs:
             compiled = self._find(program, signature)
-            self._runs[key] = (eager(program, signature), _EAGER_PIECE) if compiled is None else (compiled, _COMPILED_PIECE)
+            self._runs[key] = (
+                (eager(program, signature), _EAGER_PIECE) if compiled is None else (compiled, _COMPILED_PIECE)
+            )
         return self._runs[key]
+
+
+class _Pieces:
+    """A tile's inputs, output, starts and keys, cut into pieces of `size` blocks."""
+
+    def __init__(self, size: int, inputs: Sequence[Area], out: Area | None, starts: Tensor | None,
+                 keys: Tensor | None) -> None:  # fmt: skip
+        self._inputs = [area.pieces(size) for area in inputs]
+        self._out = None if out is None else out.pieces(size)
+        self.starts = None if starts is None else _cut(starts, size)
+        self._keys = None if keys is None else _cut(keys, size)
+
+    def __len__(self) -> int:
+        return len(self._inputs[0])
+
+    def __getitem__(self, i: int) -> tuple[list[Tensor], Tensor | None, Tensor | None, Tensor | None]:
+        return (
+            [pieces[i] for pieces in self._inputs],
+            None if self._out is None else self._out[i],
+            None if self.starts is None else self.starts[i],
+            None if self._keys is None else self._keys[i],
+        )
+
+
+def _cut(tensor: Tensor, size: int) -> list[Tensor]:
+    return [tensor[first : first + size] for first in range(0, len(tensor), size)]

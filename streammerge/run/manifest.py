@@ -47,7 +47,9 @@ def read_manifest(out: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}. Is this the finished output of a merge?") from error
+        raise InputError(
+            f"{path}: cannot be read: {error.strerror}. Is this the finished output of a merge?"
+        ) from error
     except (ValueError, RecursionError):
         raise InputError(f"{path}: is not JSON; it is damaged.") from None
     parts = ("files", "shards", "tensors")

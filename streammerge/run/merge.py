@@ -1,6 +1,6 @@
 """One merge from recipe to finished directory: the order of things, and what must be given back.
 
-    plan → schedule → claim OUT → compile → arena, sources, lane → engine → side files, manifest, index
+plan → schedule → claim OUT → compile → arena, sources, lane → engine → side files, manifest, index
 """
 
 from __future__ import annotations
@@ -205,7 +205,8 @@ def _run(plan: Plan, schedule: Schedule, pending: list[TensorPlan], out: Path, j
             open_shard(number).publish()
 
     with ExitStack() as stack:
-        arena = Arena(schedule.slots, schedule.slot_bytes, schedule.scratch_bytes)
+        touch = options.max_memory is not None
+        arena = Arena(schedule.slots, schedule.slot_bytes, schedule.scratch_bytes, touch=touch)
         sources = []
         for checkpoint in plan.checkpoints:
             source = Source(checkpoint)

@@ -1,7 +1,7 @@
 """The output directory: whose it is, what lies in it, and taking it over for one merge.
 
-    claim      refuse an OUT that is an input, or holds something else; lock it; find or write its plan
-    leftovers  what an abandoned merge left behind
+claim      refuse an OUT that is an input, or holds something else; lock it; find or write its plan
+leftovers  what an abandoned merge left behind
 """
 
 from __future__ import annotations

@@ -15,17 +15,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import xxhash
-from torch import Tensor
 
-from streammerge.base.dtypes import DTYPES
 from streammerge.kernels.contract import BLOCK
 from streammerge.plan.plan import TensorPlan
-from streammerge.run.arena import Arena, areas, raw
+from streammerge.run.arena import Area, Arena
 from streammerge.run.journal import Done, Journal
 from streammerge.storage.sink import Shard
 from streammerge.storage.source import Source
 
-_ZEROS = bytes(BLOCK * 8)
 _SYNC_SECONDS = 2.0
 
 
@@ -33,8 +30,8 @@ _SYNC_SECONDS = 2.0
 class Tile:
     """A range of one tensor, in memory once `wait` has returned.
 
-    `inputs` are the areas of the inputs that are read, (blocks, BLOCK), filled up with zeros; `output` is the area
-    for the result, None when the tile is copied.
+    `inputs` are the areas of the inputs that are read, filled up with zeros; `output` is the area for the result,
+    None when the tile is copied.
     """
 
     tensor: TensorPlan
@@ -43,8 +40,8 @@ class Tile:
     elements: int
     keep_cached: bool
     slot: int = -1
-    inputs: list[Tensor] = field(default_factory=list)
-    output: Tensor | None = None
+    inputs: list[Area] = field(default_factory=list)
+    output: Area | None = None
     _ready: threading.Event = field(default_factory=threading.Event)
     _error: BaseException | None = None
 
@@ -64,34 +61,25 @@ class Tile:
         self._ready.set()
 
 
-def read_elements(sources: Sequence[Source], tensor: TensorPlan, into: Sequence[Tensor], start: int, elements: int,
+def read_elements(sources: Sequence[Source], tensor: TensorPlan, into: Sequence[Area], start: int, elements: int,
                   at: int = 0, *, keep_cached: bool = False) -> int:  # fmt: skip
     """Read elements [start, start + elements) of the inputs a tensor needs into `into` from element `at` on.
 
     Returns the bytes read.
     """
     count = 0
-    for area, i in zip(into, tensor.read_inputs, strict=False):
+    for area, i in zip(into, tensor.read_inputs, strict=True):
         spec = tensor.inputs[i]
-        itemsize = DTYPES[spec.dtype].itemsize
-        view = raw(area, at + elements)[at * itemsize :]
-        sources[i].read_into(view, spec.file, spec.offset + start * itemsize, keep_cached=keep_cached)
+        view = area.bytes[at * area.itemsize : (at + elements) * area.itemsize]
+        sources[i].read_into(view, spec.file, spec.offset + start * area.itemsize, keep_cached=keep_cached)
         count += len(view)
     return count
 
 
-def zero_rest(area: Tensor, elements: int) -> None:
-    """Fill an area with zeros from `elements` on to the end of that block."""
-    stop = -(-elements // BLOCK) * BLOCK
-    view = raw(area, stop)
-    start = elements * area.element_size()
-    view[start:] = _ZEROS[: len(view) - start]
-
-
-def tile_dtypes(tensor: TensorPlan) -> list[str]:
+def tile_dtypes(tensor: TensorPlan) -> tuple[str, ...]:
     """The dtypes of a tile's areas: the inputs that are read, then the output of a merge."""
-    inputs = [tensor.inputs[i].dtype for i in tensor.read_inputs]
-    return [*inputs, tensor.dtype] if tensor.action == "merge" else inputs
+    inputs = tuple(tensor.inputs[i].dtype for i in tensor.read_inputs)
+    return (*inputs, tensor.dtype) if tensor.action == "merge" else inputs
 
 
 class ReadAhead:
@@ -157,14 +145,14 @@ class ReadAhead:
 
     def _fill(self, tile: Tile) -> None:
         tensor = tile.tensor
-        parts = areas(self._arena.slot(tile.slot), tile_dtypes(tensor), tile.blocks)
-        tile.output = parts.pop() if tensor.action == "merge" else None
-        tile.inputs = parts
+        areas = self._arena.areas(tile.slot, tile_dtypes(tensor), tile.blocks)
+        tile.inputs = areas[: len(tensor.read_inputs)]
+        tile.output = areas[-1] if tensor.action == "merge" else None
         count = read_elements(
-            self._sources, tensor, parts, tile.start, tile.elements, keep_cached=tile.keep_cached
+            self._sources, tensor, tile.inputs, tile.start, tile.elements, keep_cached=tile.keep_cached
         )
-        for part in parts:
-            zero_rest(part, tile.elements)
+        for area in tile.inputs:
+            area.zero_from(tile.elements)
         with self._change:
             self.bytes_read += count
 

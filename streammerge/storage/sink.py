@@ -1,9 +1,9 @@
 """Writing output shards in place: made at full size, filled at planned offsets, shown under their names when complete.
 
-    open       NAME.partial: disk reserved, header written, its length replaced by a sentinel no reader accepts
-    write      pwrite at the offsets the header gave, in any order
-    sync       fdatasync: what was written before is on disk
-    publish    the true length, fsync, rename, fsync of the directory
+open       NAME.partial: disk reserved, header written, its length replaced by a sentinel no reader accepts
+write      pwrite at the offsets the header gave, in any order
+sync       fdatasync: what was written before is on disk
+publish    the true length, fsync, rename, fsync of the directory
 """
 
 from __future__ import annotations
