@@ -167,6 +167,41 @@ def clean(
         terminal.lines([f"{'removed' if remove else 'left over'}  {file}" for file in files] or ["nothing left over"])
 
 
+@app.command()
+def demo(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it.")] = Path("streammerge-demo"),
+) -> None:
+    """Merge the tiny trained models that ship with the package by several methods, and let them speak."""
+    with _terminal() as terminal:
+        options = _options(None, None, "cpu", "5GB", None, "off", 0, False, False)
+        from streammerge import report
+        from streammerge.demo import PROMPTS, unpack
+        from streammerge.run.check import verify as run_verify
+        from streammerge.run.merge import merge as run_merge
+        from streammerge.study.completion import can_run_models, complete
+
+        made = unpack(directory)
+        terminal.lines([f"Three tiny models and four recipes are in {directory}. One of them, ties.yaml:", ""])
+        terminal.lines([f"    {line}" for line in made.recipes["ties"].read_text().splitlines()])
+        merged = {}
+        for method, recipe in made.recipes.items():
+            merged[method] = directory / f"merged-{method}"
+            terminal.lines(["", f"$ streammerge {recipe} {merged[method]}"])
+            began = time.perf_counter()
+            done = run_merge(recipe, merged[method], options, _Watcher(terminal))
+            terminal.rows("done", report.report_rows(done, time.perf_counter() - began))
+        terminal.lines(["", f"$ streammerge verify {merged['ties']}"])
+        terminal.rows("verify", report.verdict_rows(run_verify(merged["ties"])))
+        if not can_run_models():
+            terminal.lines(["", "To hear the models speak, install the extra: pip install 'streammerge[eval]'"])
+            return
+        prompts = list(PROMPTS.values())
+        for name, path in {**made.models, **merged}.items():
+            answers = complete(path, prompts)
+            terminal.lines(["", name])
+            terminal.lines([f"    {prompt}{answer}" for prompt, answer in zip(prompts, answers, strict=True)])
+
+
 class _Watcher:
     """Tells a terminal what a merge does."""
 

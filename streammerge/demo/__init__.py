@@ -1,0 +1,52 @@
+"""The demo: tiny trained models that ship with the package, merged by several methods (README.md beside this file)."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+PROMPTS = {
+    "language": "the otter lives in the",
+    "translate": "in vel: the old mouse sees the young otter =",
+    "sort": "from small to large: mouse lynx hare frog =",
+}
+_SPECIALISTS = ("translate", "sort")
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A directory with the demo's models and the recipes over them, by method."""
+
+    directory: Path
+    models: dict[str, Path]
+    recipes: dict[str, Path]
+
+
+def unpack(directory: Path) -> Demo:
+    """Copy the models to `directory` and write the recipes beside them. Files of an earlier demo are replaced."""
+    names = ("base", *_SPECIALISTS)
+    for name in names:
+        shutil.copytree(FOLDER / "models" / name, directory / "models" / name, dirs_exist_ok=True)
+    recipes = {
+        "linear": _recipe("linear", None, "weight: 0.5"),
+        "task_arithmetic": _recipe("task_arithmetic", "base", "weight: 1.0"),
+        "ties": _recipe("ties", "base", "weight: 1.0, density: 0.5"),
+        "dare_ties": _recipe("dare_ties", "base", "weight: 1.0, density: 0.7"),
+    }
+    paths = {}
+    for method, text in recipes.items():
+        paths[method] = directory / f"{method}.yaml"
+        paths[method].write_text(text)
+    return Demo(directory, {name: directory / "models" / name for name in names}, paths)
+
+
+def _recipe(method: str, base: str | None, parameters: str) -> str:
+    lines = [f"merge_method: {method}"]
+    if base is not None:
+        lines.append(f"base_model: models/{base}")
+    lines.append("models:")
+    for name in _SPECIALISTS:
+        lines += [f"  - model: models/{name}", f"    parameters: {{{parameters}}}"]
+    return "\n".join([*lines, "dtype: bfloat16", ""])

@@ -1,0 +1,1 @@
+"""Looking at models by running them. The only room that knows transformers."""

@@ -1,0 +1,209 @@
+"""Cases for merges: many in one checkpoint, each a tensor of its own with parameters of its own.
+
+A recipe can give every tensor its parameters through filters, so one merge of a small checkpoint tries dozens of
+settings, shapes and values at once. A method that is new in the list is tried with what its parameters say about
+themselves: defaults, booleans both ways, and the numbers below for the names that are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+import streammerge
+from streammerge.kernels.contract import Method, Param, Settings, Value
+from streammerge.run.merge import Report
+from tests.methods.oracles import Given
+from tests.models import save_model
+
+# Values that are nobody's default; a tuple has one per model. Four digits each: 1.3 times a float16 often lies exactly
+# between two float16, and there the last bit of a float32 decides the rounding.
+USUAL: dict[str, Value | tuple[Value, ...]] = {
+    "weight": (0.7129, 0.4507, 0.3011, 0.2513),
+    "density": (0.3, 0.55, 0.8, 0.1),
+    "scale": (1.2717,),
+    "lambda": 1.4983,
+    "t": 0.3019,
+}
+# For a required number that is not known.
+_ANY_NUMBER = 0.4
+
+# Around every edge of a block, and what is not a vector.
+SHAPES: dict[str, tuple[int, ...]] = {
+    "empty": (0,),
+    "scalar": (),
+    "one": (1,),
+    "sixty-three": (63,),
+    "cube": (3, 5, 7),
+    "block": (65536,),
+    "block and one": (65537,),
+    "blocks": (2, 131, 1021),
+}
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tensor to merge: what it tries, its inputs, and the parameters that are not defaults."""
+
+    label: str
+    base: Tensor | None
+    models: tuple[Tensor, ...]
+    parameters: Mapping[str, Value | tuple[Value, ...]] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        return self.models if self.base is None else (self.base, *self.models)
+
+
+def model_count(method: Method, wished: int = 2) -> int:
+    """So many models, or as near to it as the method takes."""
+    return max(method.min_models, min(wished, method.max_models or wished))
+
+
+def make_case(method: Method, label: str, shape: Sequence[int], *, seed: int, models: int = 2,
+              dtypes: Sequence[torch.dtype] = (torch.bfloat16,), **parameters: Any) -> Case:  # fmt: skip
+    """A case with random values: models near a base. `dtypes` are those of the base and the models, the last repeated."""
+    generator = torch.Generator().manual_seed(seed)
+    count = model_count(method, models)
+    types = [*dtypes, *[dtypes[-1]] * count][: count + 1]
+    base = torch.randn(tuple(shape), generator=generator, dtype=torch.float64) * 0.02
+    near = [base + torch.randn(tuple(shape), generator=generator, dtype=torch.float64) * 1e-3 for _ in range(count)]
+    return Case(
+        label,
+        base.to(types[0]) if method.base == "required" else None,
+        tuple(model.to(dtype) for model, dtype in zip(near, types[1:], strict=True)),
+        parameters,
+    )
+
+
+def profiles(method: Method) -> dict[str, dict[str, Any]]:
+    """Parameters to try: all defaults, all of USUAL, and that with each boolean the other way."""
+    usual = {param.name: USUAL[param.name] for param in method.params if param.name in USUAL}
+    flipped = {
+        f"{param.name} {not param.default}": {**usual, param.name: not param.default}
+        for param in method.params
+        if param.boolean
+    }
+    return {"defaults": {}, "usual": usual, **flipped}
+
+
+def takes(method: Method, *parameters: str) -> bool:
+    """Whether the method has all these parameters."""
+    return set(parameters) <= {param.name for param in method.params}
+
+
+def settings_of(method: Method, case: Case) -> Settings:
+    """Every parameter of a case: given, default, or for a required one some value."""
+    shared: dict[str, Value | None] = {}
+    each: dict[str, tuple[Value | None, ...]] = {}
+    for param in method.params:
+        value = case.parameters.get(param.name, _unless_given(param))
+        if param.per_model:
+            count = len(case.models)
+            each[param.name] = value[:count] if isinstance(value, tuple) else (value,) * count
+        else:
+            assert not isinstance(value, tuple), f"{param.name} is not per model"
+            shared[param.name] = value
+    return Settings(shared, each)
+
+
+def _unless_given(param: Param) -> Value | tuple[Value, ...] | None:
+    if param.default is not None or param.optional:
+        return param.default
+    return USUAL.get(param.name, False if param.boolean else _ANY_NUMBER)
+
+
+def given_of(method: Method, name: str, case: Case, *, out_dtype: str, seed: int = 0) -> Given:
+    """A case as its oracle takes it."""
+    settings = settings_of(method, case)
+    wide = out_dtype == "F64" or any(tensor.dtype == torch.float64 for tensor in case.inputs)
+    return Given(
+        name,
+        None if case.base is None else flat(case.base),
+        [flat(model) for model in case.models],
+        settings.shared,
+        settings.models,
+        np.float64 if wide else np.float32,
+        seed,
+    )
+
+
+def flat(tensor: Tensor) -> np.ndarray:
+    """A tensor's values as a flat float64 array."""
+    return tensor.to(torch.float64).reshape(-1).numpy()
+
+
+@dataclass(frozen=True)
+class Made:
+    """Checkpoints and a recipe on disk, and the case of every tensor name."""
+
+    method: Method
+    recipe: Path
+    cases: dict[str, Case]
+
+
+def make(folder: Path, method: Method, cases: Sequence[Case], **top: Any) -> Made:
+    """Write checkpoints that hold the cases, one tensor each, and the recipe that merges them; `top` are keys of it."""
+    # Names of one width: none is a part of another, so each is the filter of its own parameters.
+    named = {f"case-{number:03d}.{case.label.replace(' ', '-')}": case for number, case in enumerate(cases)}
+    counts = {len(case.models) for case in cases}
+    assert len(counts) == 1, "all cases of a recipe have as many models"
+    (count,) = counts
+    paths = [
+        save_model(folder / f"m{i}", {name: case.models[i].contiguous() for name, case in named.items()})
+        for i in range(count)
+    ]
+    recipe: dict[str, Any] = {"merge_method": method.name, **top}
+    if method.base == "required":
+        base = save_model(folder / "base", {name: case.inputs[0].contiguous() for name, case in named.items()})
+        recipe["base_model"] = str(base)
+        # A method that takes no other model than its base still wants one listed.
+        paths = paths or [base]
+    settings = {name: settings_of(method, case) for name, case in named.items()}
+    shared: dict[str, list[dict[str, Any]]] = {}
+    each: list[dict[str, list[dict[str, Any]]]] = [{} for _ in paths]
+    for name, setting in settings.items():
+        for parameter, value in setting.shared.items():
+            if value is not None:
+                shared.setdefault(parameter, []).append({"filter": name, "value": value})
+        for parameter, values in setting.models.items():
+            for i, value in enumerate(values):
+                if value is not None:
+                    each[i].setdefault(parameter, []).append({"filter": name, "value": value})
+    recipe["models"] = [
+        {"model": str(path), "parameters": parameters} for path, parameters in zip(paths, each, strict=True)
+    ]
+    recipe["parameters"] = shared
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return Made(method, path, named)
+
+
+def merge(made: Made, out: Path, **options: Any) -> tuple[Report, dict[str, Tensor]]:
+    """Merge, eagerly unless told otherwise, and read the output."""
+    report = streammerge.merge(made.recipe, out, **{"compile": "off", "threads": 1, **options})
+    return report, read(out)
+
+
+def read(out: Path) -> dict[str, Tensor]:
+    """Every tensor of a finished output, by the library's reader."""
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(out.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """A tensor's bytes."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -1,0 +1,286 @@
+"""What every method should give: the mathematics of its paper and of mergekit, over whole tensors, in float64.
+
+Written from the formulas, not from the code they judge: no tiles, no blocks, no thresholds, everything at once. Two
+conventions of StreamMerge are part of what is judged and so are part of the oracles:
+
+    order     magnitudes are compared as the arithmetic sees them (Δ rounded to the work dtype), equal ones by index
+    chance    the mask of DARE is a function of seed, tensor, model and index: done again here, in numpy
+
+An election can hang on the last bit: with weights 0.7 and 0.3, deltas of 3 to −7 cancel on paper and in no floating
+point. Where that is so an oracle names both outcomes, and either is right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Value = float | bool
+
+BLOCK = 65536
+
+
+@dataclass(frozen=True)
+class Given:
+    """One tensor to merge, flat, in float64; `shared` parameters by name, and `each` with one value per model.
+
+    `work` is the dtype of the arithmetic that is judged: np.float32, or np.float64 when a float64 is involved.
+    """
+
+    name: str
+    base: Array | None
+    models: Sequence[Array]
+    shared: Mapping[str, Value | None]
+    each: Mapping[str, Sequence[Value | None]]
+    work: type[np.floating] = np.float32
+    seed: int = 0
+
+    def numbers(self, name: str) -> list[float]:
+        return [float(value) for value in self.each[name] if value is not None]
+
+    def number(self, name: str) -> float:
+        value = self.shared[name]
+        assert value is not None
+        return float(value)
+
+    def deltas(self) -> list[Array]:
+        assert self.base is not None
+        return [model - self.base for model in self.models]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The result, and what an element is instead if its election went the other way, where rounding may decide it."""
+
+    values: Array
+    rival: Array
+
+
+def decided(values: Array) -> Expected:
+    """A result that leaves nothing to rounding but its last digits."""
+    return Expected(values, values)
+
+
+def oracle(method: str, given: Given) -> Expected:
+    """The expected result of a method. Raises LookupError, with what to do, for one that has no oracle yet."""
+    if method not in ORACLES:
+        raise LookupError(f"{method} has no oracle: write its mathematics as a function in tests/methods/oracles.py "
+                          f"and list it in ORACLES")  # fmt: skip
+    # Infinities and NaN in the inputs are cases like any other.
+    with np.errstate(all="ignore"):
+        return ORACLES[method](given)
+
+
+# --- the methods -----------------------------------------------------------------------------------------------------
+
+
+def linear(given: Given) -> Expected:
+    """y = Σ w_i x_i, divided by Σ w_i if normalised; weights that sum to zero give NaN."""
+    weights = given.numbers("weight")
+    merged = sum((weight * x for weight, x in zip(weights, given.models, strict=True)), np.zeros_like(given.models[0]))
+    if given.shared["normalize"]:
+        weight_sum = math.fsum(weights)
+        merged = merged / weight_sum if weight_sum else np.full_like(merged, np.nan)
+    return decided(merged)
+
+
+def passthrough(given: Given) -> Expected:
+    """y = scale · x, or x."""
+    (scale,) = given.each["scale"]
+    return decided(given.models[0] * (1.0 if scale is None else float(scale)))
+
+
+def slerp(given: Given) -> Expected:
+    """y = [sin((1−t)θ) b + sin(tθ) x] / sin θ; linear beyond |cos θ| = 0.9995; vectors up to 1e-8 are not normalised.
+
+    A number that is not finite leaves no angle, and so no finite result.
+    """
+    assert given.base is not None
+    base, model, t = given.base, given.models[0], given.number("t")
+
+    def unit(vector: Array) -> Array:
+        norm = math.sqrt(np.dot(vector, vector))
+        return vector / norm if norm > 1e-8 else vector
+
+    if not (np.isfinite(base).all() and np.isfinite(model).all()):
+        return decided(np.full_like(base, np.nan))
+    cosine = float(np.clip(np.dot(unit(base), unit(model)), -1, 1))
+    if abs(cosine) > 0.9995:
+        return decided((1 - t) * base + t * model)
+    angle = math.acos(cosine)
+    return decided((math.sin((1 - t) * angle) * base + math.sin(t * angle) * model) / math.sin(angle))
+
+
+def task_arithmetic(given: Given) -> Expected:
+    """y = b + λ Σ w_i Δ_i, divided by Σ w_i if normalised. Nothing is sparsified, whatever the density."""
+    return _summed(given, given.deltas())
+
+
+def ties(given: Given) -> Expected:
+    """Trim each delta to its largest entries, elect a sign, merge what agrees."""
+    return _elected(given, _rescaled(given, [_largest(given, i) for i in range(len(given.models))]))
+
+
+def dare_linear(given: Given) -> Expected:
+    """Drop entries by chance, rescale, add up."""
+    return _summed(given, _rescaled(given, [_drawn(given, i) for i in range(len(given.models))]))
+
+
+def dare_ties(given: Given) -> Expected:
+    """Drop entries by chance, rescale, elect a sign, merge what agrees."""
+    return _elected(given, _rescaled(given, [_drawn(given, i) for i in range(len(given.models))]))
+
+
+ORACLES: dict[str, Callable[[Given], Expected]] = {
+    "linear": linear,
+    "passthrough": passthrough,
+    "slerp": slerp,
+    "task_arithmetic": task_arithmetic,
+    "ties": ties,
+    "dare_linear": dare_linear,
+    "dare_ties": dare_ties,
+}
+
+# --- the parts of the task-vector family -----------------------------------------------------------------------------
+
+
+def _largest(given: Given, i: int) -> NDArray[np.bool_]:
+    """The max(1, int(density · n)) largest |Δ|, the lower index first among equals; NaN counts as infinite."""
+    delta, density = given.deltas()[i], given.numbers("density")[i]
+    return top(np.abs(delta).astype(given.work), density)
+
+
+def top(magnitudes: NDArray[np.floating], density: float) -> NDArray[np.bool_]:
+    """Which of `magnitudes` a density keeps."""
+    n = len(magnitudes)
+    if density >= 1 or density <= 0:
+        return np.full(n, density >= 1)
+    sizes = np.where(np.isnan(magnitudes), np.inf, magnitudes)
+    kept = np.zeros(n, bool)
+    kept[np.argsort(-sizes, kind="stable")[: max(1, int(density * n))]] = True
+    return kept
+
+
+def _drawn(given: Given, i: int) -> NDArray[np.bool_]:
+    density = given.numbers("density")[i]
+    if density >= 1:
+        return np.ones(len(given.models[i]), bool)
+    return drawn_mask(given.seed, given.name, i, len(given.models[i]), density)
+
+
+def _rescaled(given: Given, masks: list[NDArray[np.bool_]]) -> list[Array]:
+    """The deltas under their masks, scaled back to their sums of magnitudes, unless dense or all but empty."""
+    sparse = []
+    for delta, mask, density in zip(given.deltas(), masks, given.numbers("density"), strict=True):
+        kept = np.where(mask, delta, 0.0)
+        before, after = np.abs(delta).sum(), np.abs(kept).sum()
+        if given.shared["rescale"] and density < 1 and not (before < 1e-7 or after < 1e-7):
+            kept = kept * (before / after)
+        sparse.append(kept)
+    return sparse
+
+
+def _summed(given: Given, sparse: list[Array]) -> Expected:
+    assert given.base is not None
+    weights = given.numbers("weight")
+    merged = sum((weight * delta for weight, delta in zip(weights, sparse, strict=True)), np.zeros_like(given.base))
+    if given.shared["normalize"] and abs(sum(weights)) >= 1e-8:
+        merged = merged / sum(weights)
+    return decided(given.base + given.number("lambda") * merged)
+
+
+def _elected(given: Given, sparse: list[Array]) -> Expected:
+    """The majority sign of an element is that of Σ D_i, zero counting as positive; only its D_i are merged."""
+    assert given.base is not None
+    weights = given.numbers("weight")
+    parts = [weight * delta for weight, delta in zip(weights, sparse, strict=True)]
+    ballot = sum(parts, np.zeros_like(given.base))
+    positive = ballot >= 0
+
+    def merged(positive: NDArray[np.bool_]) -> Array:
+        assert given.base is not None
+        total, weight_sum = np.zeros_like(given.base), np.zeros_like(given.base)
+        for weight, part in zip(weights, parts, strict=True):
+            agrees = np.where(positive, part > 0, part < 0)
+            total += np.where(agrees, part, 0.0)
+            weight_sum += np.where(agrees, weight, 0.0)
+        if given.shared["normalize"]:
+            total = total / np.where(weight_sum == 0, 1.0, weight_sum)
+        return given.base + given.number("lambda") * total
+
+    right = merged(positive)
+    return Expected(right, np.where(_undecided(given, parts, ballot), merged(~positive), right))
+
+
+def _undecided(given: Given, parts: list[Array], ballot: Array) -> NDArray[np.bool_]:
+    """Where the sum of the votes is so near to zero that rounding them may turn it over."""
+    cast = sum((np.abs(part) for part in parts), np.zeros_like(ballot))
+    near = np.abs(ballot) <= 8 * np.finfo(given.work).eps * cast
+    # Votes that the work dtype holds exactly, and adds exactly, leave nothing open: a sum of zero is positive.
+    exact = np.ones(len(ballot), bool)
+    running = np.zeros_like(ballot)
+    for part in parts:
+        running = running + part
+        exact &= (part.astype(given.work) == part) & (running.astype(given.work) == running)
+    return near & ~exact & (cast > 0)
+
+
+# --- chance ----------------------------------------------------------------------------------------------------------
+
+
+def drawn_mask(seed: int, name: str, position: int, elements: int, density: float) -> NDArray[np.bool_]:
+    """Which elements DARE keeps: those whose 31 random bits fall under density · 2³¹."""
+    bits = random_bits(seed, name, position, elements)
+    return (bits >> np.uint32(1)).astype(np.int64) < round(density * 2**31)
+
+
+def random_bits(seed: int, name: str, position: int, elements: int) -> NDArray[np.uint32]:
+    """32 bits per element. stream key: xxh3 of seed, position and name; block key: splitmix64; bits: murmur3, twice."""
+    stream = np.uint64(xxhash.xxh3_64_intdigest(f"{seed}\0{position}\0{name}".encode()))
+    blocks = -(-elements // BLOCK)
+    # splitmix64: the state advances by the golden gamma with every block, and is finalised.
+    state = stream + (np.arange(blocks, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    key = state ^ (state >> np.uint64(31))
+    low, high = (key & np.uint64(0xFFFFFFFF)).astype(np.uint32), (key >> np.uint64(32)).astype(np.uint32)
+    index = np.arange(BLOCK, dtype=np.uint32)
+    bits = _murmur3(_murmur3(index[None, :] ^ low[:, None]) ^ high[:, None])
+    return bits.reshape(-1)[:elements]
+
+
+def _murmur3(bits: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """The 32-bit finaliser of murmur3."""
+    bits = (bits ^ (bits >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return bits ^ (bits >> np.uint32(16))
+
+
+# --- rounding --------------------------------------------------------------------------------------------------------
+
+# Bits of the fraction, the exponent of the smallest normal number, and the largest number.
+_FORMATS = {
+    "F64": (52, -1022, float(np.finfo(np.float64).max)),
+    "F32": (23, -126, float(np.finfo(np.float32).max)),
+    "BF16": (7, -126, 3.3895313892515355e38),
+    "F16": (10, -14, 65504.0),
+}
+
+
+def rounded(values: Array, dtype: str) -> Array:
+    """`values` rounded once, to nearest and ties to even, to a dtype by its name in a file."""
+    if dtype == "F64":
+        return values
+    fraction, smallest_exponent, largest = _FORMATS[dtype]
+    with np.errstate(all="ignore"):
+        _, exponent = np.frexp(values)
+        # A power of two: dividing and multiplying by it is exact.
+        step = np.ldexp(1.0, np.maximum(exponent - 1, smallest_exponent) - fraction)
+        result = np.where(np.isfinite(values), np.rint(values / step) * step, values)
+        return np.where(np.abs(result) > largest, np.copysign(np.inf, result), result)
