@@ -43,7 +43,10 @@ MaxMemory = Annotated[
 MaxGpuMemory = Annotated[str | None, typer.Option(metavar="SIZE", help="Most memory to take on the GPU.")]
 Device = Annotated[str, typer.Option(metavar="cpu|cuda|cuda:N|auto", help="Where to compute.")]
 ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest output file, like 5GB.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads that compute. Else all processors.")]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", "--num-threads", "-j", min=1, help="Threads that compute. Else all processors."),
+]
 Compile = Annotated[
     Literal["auto", "on", "off"], typer.Option("--compile", help="Compile the arithmetic: same bits, faster.")
 ]

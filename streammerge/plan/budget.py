@@ -111,10 +111,8 @@ def make_schedule(plan: Plan, *, limit_bytes: int, limited_by: str, allowed: boo
     while tile_blocks > 1 and room // (tile_blocks * largest) < _SLOTS:
         tile_blocks = -(-tile_blocks // 2)
     slot = tile_blocks * largest
-    wanted = _slots_wanted(plan, tile_blocks)
-    if not allowed:
-        wanted = min(wanted, max(_SLOTS, _DEFAULT_ARENA // slot))
-    slots = max(_FEWEST_SLOTS, min(wanted, room // slot))
+    most = room // slot if allowed else min(room, max(_SLOTS * slot, _DEFAULT_ARENA)) // slot
+    slots = max(_FEWEST_SLOTS, min(_slots_wanted(plan, tile_blocks, most), most))
     # Half of the slots go on reading ahead while the tiles of the tensor in work stay in the other half.
     resident = slots // 2
     return Schedule(
@@ -132,10 +130,10 @@ def make_schedule(plan: Plan, *, limit_bytes: int, limited_by: str, allowed: boo
     )
 
 
-def _slots_wanted(plan: Plan, tile_blocks: int) -> int:
-    """Enough to read ahead, and to keep the largest tensor that is looked at more than once."""
-    kept = [tiles_of(tensor, tile_blocks) for tensor in plan.tensors if plan.passes(tensor) > 1]
-    return max(_SLOTS, 2 * max(kept, default=0))
+def _slots_wanted(plan: Plan, tile_blocks: int, most: int) -> int:
+    """Enough to read ahead, and to keep every tensor that is looked at more than once and can be kept in `most`."""
+    tiles = [tiles_of(tensor, tile_blocks) for tensor in plan.tensors if plan.passes(tensor) > 1]
+    return max(_SLOTS, 2 * max((count for count in tiles if 2 * count <= most), default=0))
 
 
 def _bytes_to_read(plan: Plan, stays: Callable[[TensorPlan], bool]) -> int:

@@ -71,19 +71,18 @@ def assert_same_files(out: Path, reference: Reference) -> None:
 
 
 @every_method
-@pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize(
-    ("tile_blocks", "read_again"),
+    ("tile_blocks", "read_again", "threads"),
     [
-        pytest.param(1, True, id="tiles of one block, read again for every pass"),
-        pytest.param(1, False, id="tiles of one block that stay in memory"),
-        pytest.param(3, True, id="tiles of three blocks, read again for every pass"),
-        pytest.param(1000, False, id="whole tensors"),
+        pytest.param(1, True, 1, id="tiles of one block, read again for every pass"),
+        pytest.param(1, False, 4, id="tiles of one block that stay in memory, four threads"),
+        pytest.param(3, True, 4, id="tiles of three blocks, read again for every pass, four threads"),
+        pytest.param(1000, False, 1, id="whole tensors"),
     ],
 )
 def test_tiles_threads_and_passes_change_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str,
-                                                references: dict[str, Reference], threads: int, tile_blocks: int,
-                                                read_again: bool) -> None:  # fmt: skip
+                                                references: dict[str, Reference], tile_blocks: int, read_again: bool,
+                                                threads: int) -> None:  # fmt: skip
     monkeypatch.setattr(budget, "_TILE_BLOCKS", tile_blocks)
     if read_again:
         # Three slots, one of them for a tensor to stay in.
