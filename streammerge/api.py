@@ -13,9 +13,10 @@ from streammerge.plan.layout import DEFAULT_SHARD_BYTES
 from streammerge.plan.plan import Plan
 from streammerge.run.check import Verdict
 from streammerge.run.check import verify as _verify
+from streammerge.run.compiling import Compile
 from streammerge.run.inspection import Inspection
 from streammerge.run.inspection import inspect as _inspect
-from streammerge.run.merge import Compile, Options, Report, Status, make_plan
+from streammerge.run.merge import Options, Report, Status, make_plan
 from streammerge.run.merge import merge as _merge
 
 PathLike = str | os.PathLike[str]
@@ -31,10 +32,10 @@ class _Silent:
         if self._note is not None:
             self._note(text)
 
-    def planned(self, plan: Plan, schedule: Schedule, resumed: int) -> None:
+    def planned(self, plan: Plan, schedule: Schedule, resumed: int, seconds: float) -> None:
         pass
 
-    def running(self, status: Callable[[], Status], read_bytes: int, write_bytes: int) -> AbstractContextManager[None]:  # noqa: ARG002
+    def running(self, status: Callable[[], Status], read_bytes: int, write_bytes: int) -> AbstractContextManager[None]:
         return nullcontext()
 
 

@@ -106,13 +106,15 @@ def plan(
     with _terminal(as_json=as_json) as terminal:
         options = _options(max_memory, None, "auto", out_shard_size, threads, "auto", seed, False, strict)
         from streammerge import report
+        from streammerge.run.compiling import consider
         from streammerge.run.estimate import estimate_seconds
         from streammerge.run.merge import make_plan, schedule_for
         from streammerge.run.sidefiles import copied_files
 
         made = make_plan(recipe, options)
         schedule = schedule_for(made, options)
-        seconds = estimate_seconds(made, schedule)
+        computing = consider(made, made.tensors, schedule, "auto", on_gpu=False).seconds
+        seconds = estimate_seconds(made, made.tensors, schedule, computing)
         side_files = [file.name for file in copied_files(made)]
         if as_json:
             terminal.document(report.plan_json(made, schedule, seconds, side_files))
@@ -215,13 +217,11 @@ class _Watcher:
     def note(self, text: str) -> None:
         self._terminal.note(text)
 
-    def planned(self, plan: Plan, schedule: Schedule, resumed: int) -> None:
+    def planned(self, plan: Plan, schedule: Schedule, resumed: int, seconds: float) -> None:
         from streammerge import report
-        from streammerge.run.estimate import estimate_seconds
         from streammerge.run.sidefiles import copied_files
 
         self._allowed = schedule.limit_bytes
-        seconds = estimate_seconds(plan, schedule)
         rows = report.plan_rows(plan, schedule, seconds, [file.name for file in copied_files(plan)])
         shown = ("method", "models", "tensors", "passes", "peak memory", "time")
         self._terminal.rows("plan", [row for row in rows if row[0] in shown])
@@ -230,7 +230,7 @@ class _Watcher:
                 "plan", [("resuming", f"{resumed:,} of {len(plan.tensors):,} tensors are done already")]
             )
         self._terminal.event("plan", {"digest": plan.digest, "tensors": len(plan.tensors), "resumed": resumed,
-                                      "bytes_to_write": plan.bytes_to_write, "bytes_to_read": schedule.bytes_to_read,
+                                      "bytes_to_write": plan.bytes_to_write,
                                       "peak_bytes": schedule.peak_bytes})  # fmt: skip
 
     def running(self, status: Callable[[], Status], read_bytes: int, write_bytes: int) -> AbstractContextManager[None]:
@@ -276,7 +276,7 @@ def _terminal(*, quiet: bool = False, as_json: bool = False, log: Path | None = 
 
 def _named(error: StreamMergeError) -> str:
     """The message, after the error's name where that says more than `error`."""
-    plain = type(error) in (StreamMergeError, UserError)
+    plain = type(error) in (StreamMergeError, UserError, Stopped)
     return str(error) if plain else f"{type(error).__name__}: {error}"
 
 

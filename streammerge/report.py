@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from streammerge.base.units import format_seconds, format_size
-from streammerge.plan.budget import Schedule
+from streammerge.plan.budget import Schedule, bytes_to_read
 from streammerge.plan.plan import Plan
 from streammerge.run.check import Verdict
 from streammerge.run.inspection import Inspection
@@ -31,7 +31,7 @@ def plan_rows(plan: Plan, schedule: Schedule, seconds: float, side_files: list[s
         ("models", ", ".join(source.model for source in plan.recipe.models) or "none"),
         ("tensors", f"{len(plan.tensors):,} ({elements:,} elements){_of_them(copied, 'copied')}"),
         ("passes", _passes(passes, read_twice)),
-        ("read", format_size(schedule.bytes_to_read)),
+        ("read", format_size(bytes_to_read(plan, plan.tensors, schedule))),
         ("write", f"{format_size(plan.bytes_to_write)} in {_count(len(plan.shards), 'file')}"),
         ("with", ", ".join(side_files) or "no side files"),
         ("peak memory", f"{format_size(schedule.peak_bytes)} of {format_size(schedule.limit_bytes)} allowed ({parts})"),
@@ -56,6 +56,7 @@ def plan_json(plan: Plan, schedule: Schedule, seconds: float, side_files: list[s
             **asdict(schedule),
             "arena_bytes": schedule.arena_bytes,
             "peak_bytes": schedule.peak_bytes,
+            "bytes_to_read": bytes_to_read(plan, plan.tensors, schedule),
             "bytes_to_write": plan.bytes_to_write,
             "disk_bytes": plan.bytes_to_write,
             "estimated_seconds": round(seconds, 1),

@@ -217,7 +217,8 @@ def _narrow_all(problem: Problem, searches: dict[int, _Search], sample: list[NDA
 
 def _collect(problem: Problem, searches: dict[int, _Search]) -> Looking[None]:
     """Fetch what lies in the open intervals and pick the cuts."""
-    needed = np.unique(np.concatenate([search.blocks_to_fetch() for search in searches.values()]))  # type: ignore[arg-type]
+    fetched = {i: blocks for i, search in searches.items() if (blocks := search.blocks_to_fetch()) is not None}
+    needed = np.unique(np.concatenate(list(fetched.values())))
     n = problem.elements
     spans = tuple((block * BLOCK, min(BLOCK, n - block * BLOCK)) for block in needed.tolist())
     bounds = {i: (s.low, s.high) for i, s in searches.items()}
@@ -238,8 +239,7 @@ def _collect(problem: Problem, searches: dict[int, _Search]) -> Looking[None]:
         index = np.concatenate([answer[i][1] for answer in answers])
         if search.high - search.low == 1:
             # Other searches may have asked for other blocks: only the one where the cut lies counts.
-            (block,) = search.blocks_to_fetch()
-            here = index // BLOCK == block
+            here = np.isin(index // BLOCK, fetched[i])
             keys, index = keys[here], index[here]
         search.pick(keys, index, problem.work)
 

@@ -10,7 +10,7 @@ The arena is one piece of memory, cut into equal slots. A slot holds one tile of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from streammerge.base.dtypes import DTYPES
@@ -47,7 +47,6 @@ class Schedule:
     threads: int
     # Passes over a tensor's inputs are saved when it has at most so many tiles: they stay in their slots.
     resident_tiles: int
-    bytes_to_read: int
     # Of a tensor that is read again, so much is left in the page cache meanwhile: memory nobody else claims.
     cache_bytes: int
 
@@ -125,7 +124,6 @@ def make_schedule(plan: Plan, *, limit_bytes: int, limited_by: str, allowed: boo
         slots=slots,
         threads=threads,
         resident_tiles=resident,
-        bytes_to_read=_bytes_to_read(plan, lambda tensor: tiles_of(tensor, tile_blocks) <= resident),
         cache_bytes=max(0, (available_bytes - limit_bytes) // 2) if allowed else available_bytes // 2,
     )
 
@@ -136,10 +134,17 @@ def _slots_wanted(plan: Plan, tile_blocks: int, most: int) -> int:
     return max(_SLOTS, 2 * max((count for count in tiles if 2 * count <= most), default=0))
 
 
-def _bytes_to_read(plan: Plan, stays: Callable[[TensorPlan], bool]) -> int:
+def stays(tensor: TensorPlan, schedule: Schedule) -> bool:
+    """Whether the inputs of a tensor stay in memory through all its passes."""
+    return tiles_of(tensor, schedule.tile_blocks) <= schedule.resident_tiles
+
+
+def bytes_to_read(plan: Plan, tensors: Iterable[TensorPlan], schedule: Schedule) -> int:
+    """What merging `tensors` reads in all its passes."""
     return sum(
-        sum(tensor.inputs[i].nbytes for i in tensor.read_inputs) * (1 if stays(tensor) else plan.passes(tensor))
-        for tensor in plan.tensors
+        sum(tensor.inputs[i].nbytes for i in tensor.read_inputs)
+        * (1 if stays(tensor, schedule) else plan.passes(tensor))
+        for tensor in tensors
     )
 
 

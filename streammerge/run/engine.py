@@ -23,7 +23,7 @@ from streammerge.kernels.chance import block_keys, stream_key
 from streammerge.kernels.compiled import Signature
 from streammerge.kernels.contract import BLOCK, Look, Problem, Program
 from streammerge.kernels.dtypes import torch_dtype
-from streammerge.plan.budget import SCRATCH_BLOCKS, Schedule, tiles_of
+from streammerge.plan.budget import SCRATCH_BLOCKS, Schedule, stays
 from streammerge.plan.plan import Plan, TensorPlan
 from streammerge.run.arena import Area, Arena
 from streammerge.run.journal import Done
@@ -230,7 +230,7 @@ class Engine:
         return self._plan.passes(tensor) > 1 and not self._stays(tensor)
 
     def _stays(self, tensor: TensorPlan) -> bool:
-        return tiles_of(tensor, self._schedule.tile_blocks) <= self._schedule.resident_tiles
+        return stays(tensor, self._schedule)
 
     def _tiles(self, tensor: TensorPlan) -> list[Tile]:
         size = self._schedule.tile_blocks * BLOCK

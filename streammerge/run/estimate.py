@@ -6,9 +6,10 @@ A guess is what it is: the page cache, other programs and the output's disk can 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
-from streammerge.plan.budget import Schedule
-from streammerge.plan.plan import Plan
+from streammerge.plan.budget import Schedule, bytes_to_read
+from streammerge.plan.plan import Plan, TensorPlan
 from streammerge.storage.source import Source
 
 _PROBE_BYTES = 64 << 20
@@ -17,20 +18,12 @@ _PROBE_SECONDS = 0.25
 _START_SECONDS = 1.5
 # Nobody probes the output's disk by writing to it before anything is decided.
 _WRITE_BYTES_PER_SECOND = 1.2e9
-# Compiled arithmetic on one thread, per input element and pass.
-_NS_PER_ELEMENT = 0.8
 
 
-def estimate_seconds(plan: Plan, schedule: Schedule) -> float:
-    """About how many seconds the merge of `plan` takes under `schedule`."""
-    reading = schedule.bytes_to_read / _read_rate(plan)
-    writing = plan.bytes_to_write / _WRITE_BYTES_PER_SECOND
-    work = sum(
-        tensor.elements * len(tensor.inputs) * plan.passes(tensor)
-        for tensor in plan.tensors
-        if tensor.action == "merge"
-    )
-    computing = work * _NS_PER_ELEMENT * 1e-9 / schedule.threads
+def estimate_seconds(plan: Plan, tensors: Sequence[TensorPlan], schedule: Schedule, computing: float) -> float:
+    """About how many seconds merging `tensors` takes, of which the arithmetic alone takes `computing`."""
+    reading = bytes_to_read(plan, tensors, schedule) / _read_rate(plan)
+    writing = sum(tensor.nbytes for tensor in tensors) / _WRITE_BYTES_PER_SECOND
     return _START_SECONDS + max(reading, writing, computing)
 
 

@@ -13,29 +13,22 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 
 from streammerge.base.errors import DoesNotFit, Stopped
 from streammerge.base.units import format_size
-from streammerge.kernels.compiled import (
-    BYTES_TO_COMPILE,
-    SECONDS_TO_COMPILE,
-    Cache,
-    Run,
-    Signature,
-    compiler_missing,
-    default_cache,
-)
+from streammerge.kernels.compiled import Cache, Run, Signature
 from streammerge.kernels.contract import Program
-from streammerge.kernels.dtypes import torch_dtype
-from streammerge.plan.budget import Schedule, make_schedule
+from streammerge.plan.budget import Schedule, bytes_to_read, make_schedule
 from streammerge.plan.layout import DEFAULT_SHARD_BYTES, index_file
 from streammerge.plan.plan import Plan, TensorPlan, build_plan
 from streammerge.plan.recipe import load_recipe, resolve_model
 from streammerge.run.arena import Arena
+from streammerge.run.compiling import Compile, consider
 from streammerge.run.engine import Engine
+from streammerge.run.estimate import estimate_seconds
 from streammerge.run.gpu import CudaLane, choose_device
 from streammerge.run.journal import Journal
 from streammerge.run.lane import CpuLane, Lane
@@ -49,10 +42,7 @@ from streammerge.storage.local import sync_directory
 from streammerge.storage.sink import Shard, free_bytes, partial_path, write_file
 from streammerge.storage.source import Source
 
-Compile = Literal["auto", "on", "off"]
 _READ_THREADS = 2
-# Per element and model on one thread.
-_COMPILED_NS = 0.5
 
 
 @dataclass(frozen=True)
@@ -107,8 +97,8 @@ class Observer(Protocol):
     def note(self, text: str) -> None:
         """Something the user should know."""
 
-    def planned(self, plan: Plan, schedule: Schedule, resumed: int) -> None:
-        """The merge is about to begin; `resumed` tensors are done already."""
+    def planned(self, plan: Plan, schedule: Schedule, resumed: int, seconds: float) -> None:
+        """The merge is about to begin; `resumed` tensors are done already, it may take `seconds`."""
 
     def running(self, status: Callable[[], Status], read_bytes: int, write_bytes: int) -> AbstractContextManager[None]:
         """Entered while the engine works; `status` may be asked from any thread. The totals are still to do."""
@@ -156,13 +146,15 @@ def merge(recipe_path: Path, out: Path, options: Options, observer: Observer) ->
         journal = Journal(work / "journal")
         stack.callback(journal.close)
         pending = [tensor for tensor in plan.tensors if tensor.name not in journal.done]
-        observer.planned(plan, schedule, len(plan.tensors) - len(pending))
+        compiling = consider(plan, pending, schedule, options.compile, on_gpu=device.type == "cuda")
+        seconds = estimate_seconds(plan, pending, schedule, compiling.seconds)
+        observer.planned(plan, schedule, len(plan.tensors) - len(pending), seconds)
         began = time.perf_counter()
-        cache = _compile(plan, pending, schedule, device, options, observer)
+        compiling.build(observer.note)
         compiled = time.perf_counter()
         meter = stack.enter_context(Meter())
         read, written, sync_seconds = _run(
-            plan, schedule, pending, out, journal, device, cache, options, observer, meter, stopping
+            plan, schedule, pending, out, journal, device, compiling.cache, options, observer, meter, stopping
         )
         _publish_rest(plan, out, journal)
         engine_seconds = time.perf_counter() - compiled
@@ -216,7 +208,12 @@ def _run(plan: Plan, schedule: Schedule, pending: list[TensorPlan], out: Path, j
         stack.callback(lane.close)
         reader = ReadAhead(sources, arena, _READ_THREADS)
         stack.callback(reader.close)
-        writer = WriteBehind(journal, open_shard, schedule.dirty_bytes, remaining)
+
+        def check_inputs() -> None:
+            for source in sources:
+                source.check_unchanged()
+
+        writer = WriteBehind(journal, open_shard, schedule.dirty_bytes, remaining, check_inputs)
         engine = Engine(
             plan, schedule, sources=sources, arena=arena, reader=reader, writer=writer, lane=lane, stopping=stopping
         )
@@ -224,14 +221,13 @@ def _run(plan: Plan, schedule: Schedule, pending: list[TensorPlan], out: Path, j
         def status() -> Status:
             return Status(reader.bytes_read, writer.bytes_written, meter.now_own)
 
-        with observer.running(status, schedule.bytes_to_read, sum(tensor.nbytes for tensor in pending)):
+        to_read, to_write = bytes_to_read(plan, pending, schedule), sum(tensor.nbytes for tensor in pending)
+        with observer.running(status, to_read, to_write):
             try:
                 engine.run(pending)
             finally:
                 # Also when stopped or failed: what is finished goes to disk and into the journal.
                 writer.close()
-            for source in sources:
-                source.check_unchanged()
         return reader.bytes_read, writer.bytes_written, writer.sync_seconds
 
 
@@ -243,51 +239,6 @@ def _lane(device: torch.device, arena: Arena, schedule: Schedule, cache: Cache |
         return cache.load(program, signature, schedule.threads) if cache is not None else None
 
     return CpuLane(schedule.threads, find)
-
-
-def _compile(plan: Plan, pending: list[TensorPlan], schedule: Schedule, device: torch.device, options: Options,
-             observer: Observer) -> Cache | None:  # fmt: skip
-    """Make sure that the programs worth compiling are. Returns the cache to take them from, or None for eager code."""
-    if options.compile == "off" or device.type != "cpu":
-        return None
-    cache = default_cache()
-    wanted = _programs(plan, pending)
-    missing = [pair for pair in wanted if not cache.package(*pair).exists()]
-    if not missing:
-        return cache
-    saved = sum(wanted[pair] * (pair[0].eager_ns - _COMPILED_NS) for pair in missing) * 1e-9 / schedule.threads
-    seconds = len(missing) * SECONDS_TO_COMPILE
-    if options.compile == "auto":
-        if saved < seconds or schedule.limit_bytes < BYTES_TO_COMPILE or compiler_missing():
-            return cache
-    elif (reason := compiler_missing()) is not None:
-        observer.note(f"--compile on: {reason}; running uncompiled, which is slower and gives the same bits")
-        return cache
-    elif schedule.limit_bytes < BYTES_TO_COMPILE:
-        observer.note(
-            f"--compile on: compiling takes {format_size(BYTES_TO_COMPILE)}, the budget is "
-            f"{format_size(schedule.limit_bytes)}; running uncompiled, which is slower and gives the same bits"
-        )
-        return cache
-    observer.note(f"compiling {len(missing)} programs once for this machine, about {seconds:.0f} s")
-    if (failure := cache.build(missing)) is not None:
-        observer.note(f"compiling failed ({failure}); running uncompiled, which is slower and gives the same bits")
-    return cache
-
-
-def _programs(plan: Plan, tensors: list[TensorPlan]) -> dict[tuple[Program, Signature], int]:
-    """The programs these tensors need, with the deltas or inputs each sees in all."""
-    counts: dict[tuple[Program, Signature], int] = {}
-    for tensor in tensors:
-        if tensor.action != "merge":
-            continue
-        inputs = tuple(torch_dtype(spec.dtype) for spec in tensor.inputs)
-        look = Signature(torch_dtype(tensor.work), inputs, plan.has_base, None)
-        used = [(program, look) for program in plan.method.looks(tensor.settings)]
-        used.append((plan.method.program(tensor.settings), look._replace(out=torch_dtype(tensor.dtype))))
-        for pair in used:
-            counts[pair] = counts.get(pair, 0) + tensor.elements * look.models
-    return counts
 
 
 def _publish_rest(plan: Plan, out: Path, journal: Journal) -> None:
@@ -337,7 +288,7 @@ def _signals() -> Iterator[Callable[[], bool]]:
     """SIGINT, SIGTERM and SIGHUP ask to stop; a second SIGINT stops at once, as a crash would: still resumable."""
     asked: list[int] = []
 
-    def ask(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature of a handler
+    def ask(number: int, frame: FrameType | None) -> None:
         if asked and number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.raise_signal(signal.SIGINT)

@@ -182,10 +182,13 @@ class WriteBehind:
     """Threads that hash, write, sync and keep the journal. Owns the open shards."""
 
     def __init__(self, journal: Journal, open_shard: Callable[[int], Shard], dirty_bytes: int,
-                 remaining: dict[int, int]) -> None:  # fmt: skip
-        """`open_shard` opens output shard number n; `remaining` counts the tensors each shard still waits for."""
+                 remaining: dict[int, int], check_inputs: Callable[[], None]) -> None:  # fmt: skip
+        """`open_shard` opens output shard number n; `remaining` counts the tensors each shard still waits for.
+
+        `check_inputs` raises when an input has changed since the plan: then no shard is published any more.
+        """
         self._journal, self._open_shard = journal, open_shard
-        self._dirty_limit, self._remaining = dirty_bytes, remaining
+        self._dirty_limit, self._remaining, self._check_inputs = dirty_bytes, remaining, check_inputs
         self._queue: deque[_Write] = deque()
         self._finished: list[Finished] = []
         self._shards: dict[int, Shard] = {}
@@ -305,6 +308,7 @@ class WriteBehind:
             if self._remaining[item.shard] == 0:
                 with self._change:
                     shard = self._shards.pop(item.shard)
+                self._check_inputs()
                 shard.publish()
         with self._change:
             self._dirty -= dirty

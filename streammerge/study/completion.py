@@ -22,7 +22,8 @@ def complete(model: Path, prompts: list[str], *, new_tokens: int = 12) -> list[s
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
-    network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    network.eval()
     completions = []
     for prompt in prompts:
         tokens = tokenizer(prompt, return_tensors="pt")

@@ -143,6 +143,23 @@ def test_a_file_system_without_dontcache_gets_another_mode(
         assert read(source, 0, 17, 5000) == content[0][17:5017]
 
 
+def test_files_of_one_model_on_different_file_systems_are_read(
+    checkpoint: Checkpoint, content: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A shard may be a link to another disk, one without dontcache: tmpfs, say.
+    real = os.preadv
+
+    def preadv(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        if flags & RWF_DONTCACHE and os.fstat(descriptor).st_size == len(content[1]):
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return real(descriptor, buffers, offset, flags)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    with opened(checkpoint) as source:
+        assert read(source, 0, 17, 5000) == content[0][17:5017]
+        assert read(source, 1, 17, 500) == content[1][17:517]
+
+
 # Faults, by patching the system call.
 
 Preadv = Callable[..., int]

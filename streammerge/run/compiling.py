@@ -1,0 +1,96 @@
+"""Whether compiling a merge's programs pays, and doing it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from streammerge.base.units import format_size
+from streammerge.kernels.compiled import (
+    BYTES_TO_COMPILE,
+    SECONDS_TO_COMPILE,
+    Cache,
+    Signature,
+    compiler_missing,
+    default_cache,
+)
+from streammerge.kernels.contract import Program
+from streammerge.kernels.dtypes import torch_dtype
+from streammerge.plan.budget import Schedule
+from streammerge.plan.plan import Plan, TensorPlan
+
+Compile = Literal["auto", "on", "off"]
+# Per element and model on one thread, where eager code takes what the program says (docs/design.md has a table).
+_COMPILED_NS = 0.5
+_SLOWER = "running uncompiled, which is slower and gives the same bits"
+
+
+@dataclass(frozen=True)
+class Compiling:
+    """What is compiled, and what it is worth.
+
+    `cache` is where programs are taken from, None for eager code only; `missing` are to be built first.
+    `seconds` is a guess at the arithmetic of one run, building included.
+    """
+
+    cache: Cache | None
+    missing: tuple[tuple[Program, Signature], ...]
+    note: str | None
+    seconds: float
+
+    def build(self, tell: Callable[[str], None]) -> None:
+        """Compile what is missing; tells what happens and what went wrong."""
+        if self.note is not None:
+            tell(self.note)
+        if self.cache is None or not self.missing:
+            return
+        count, seconds = len(self.missing), len(self.missing) * SECONDS_TO_COMPILE
+        tell(f"compiling {count} program{'s'[: count > 1]} once for this machine, about {seconds:.0f} s")
+        if (failure := self.cache.build(self.missing)) is not None:
+            tell(f"compiling failed ({failure}); {_SLOWER}")
+
+
+def consider(
+    plan: Plan, tensors: Sequence[TensorPlan], schedule: Schedule, mode: Compile, *, on_gpu: bool
+) -> Compiling:
+    """Decide what to compile for `tensors`: with "auto" what saves more time than it costs, if there is memory."""
+    wanted = _programs(plan, tensors)
+    eager = sum(count * program.eager_ns for (program, _), count in wanted.items()) * 1e-9 / schedule.threads
+    if mode == "off" or on_gpu:
+        return Compiling(None, (), None, eager)
+    cache = default_cache()
+    missing = tuple(pair for pair in wanted if not cache.package(*pair).exists())
+    saved = sum(wanted[pair] * (pair[0].eager_ns - _COMPILED_NS) for pair in missing) * 1e-9 / schedule.threads
+    compiled = sum(wanted.values()) * _COMPILED_NS * 1e-9 / schedule.threads
+    cost = len(missing) * SECONDS_TO_COMPILE
+    if not missing:
+        return Compiling(cache, (), None, compiled)
+    reason = _cannot(schedule)
+    if mode == "auto" and (saved < cost or reason is not None):
+        return Compiling(cache, (), None, compiled + saved)
+    if reason is not None:
+        return Compiling(cache, (), f"--compile on: {reason}; {_SLOWER}", compiled + saved)
+    return Compiling(cache, missing, None, compiled + cost)
+
+
+def _cannot(schedule: Schedule) -> str | None:
+    """Why nothing can be compiled now, or None."""
+    if schedule.limit_bytes < BYTES_TO_COMPILE:
+        return f"compiling takes {format_size(BYTES_TO_COMPILE)}, the budget is {format_size(schedule.limit_bytes)}"
+    return compiler_missing()
+
+
+def _programs(plan: Plan, tensors: Sequence[TensorPlan]) -> dict[tuple[Program, Signature], int]:
+    """The programs these tensors need, with the elements times models that each sees in all."""
+    counts: dict[tuple[Program, Signature], int] = {}
+    for tensor in tensors:
+        if tensor.action != "merge":
+            continue
+        inputs = tuple(torch_dtype(spec.dtype) for spec in tensor.inputs)
+        look = Signature(torch_dtype(tensor.work), inputs, plan.has_base, None)
+        used = [(program, look) for program in plan.method.looks(tensor.settings)]
+        used.append((plan.method.program(tensor.settings), look._replace(out=torch_dtype(tensor.dtype))))
+        for pair in used:
+            counts[pair] = counts.get(pair, 0) + tensor.elements * look.models
+    return counts
