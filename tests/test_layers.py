@@ -1,7 +1,7 @@
 """Imports go one way (design.md, section 2), and what is light stays light.
 
-    cli, ui, report, api → anything
-    study → run → plan → methods, kernels, storage → base;  methods → kernels → base;  storage and kernels never meet
+cli, ui, report, api → anything
+study → run → plan → methods, kernels, storage → base;  methods → kernels → base;  storage and kernels never meet
 """
 
 from __future__ import annotations
@@ -109,7 +109,9 @@ def test_the_import_reader_sees_every_kind_of_import(tmp_path: Path, monkeypatch
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     (tmp_path / "streammerge" / "run").mkdir(parents=True)
     file = tmp_path / "streammerge" / "run" / "x.py"
-    file.write_text("import rich.table as t\ndef f():\n    from torch import nn\nfrom . import y\nfrom ..plan.names import z\n")
+    file.write_text(
+        "import rich.table as t\ndef f():\n    from torch import nn\nfrom . import y\nfrom ..plan.names import z\n"
+    )
     assert set(imported_modules(file)) == {
         "rich.table", "torch", "torch.nn", "streammerge.run", "streammerge.run.y", "streammerge.plan.names",
         "streammerge.plan.names.z",
@@ -117,7 +119,9 @@ def test_the_import_reader_sees_every_kind_of_import(tmp_path: Path, monkeypatch
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:

@@ -197,9 +197,9 @@ class WriteBehind:
         self._closing = self._written_all = False
         self._error: BaseException | None = None
         self.bytes_written = 0
-        self.hash_seconds = self.write_seconds = self.sync_seconds = 0.0
-        self._writer = threading.Thread(target=self._guard, args=(self._write_all,), name="write", daemon=True)
-        self._syncer = threading.Thread(target=self._guard, args=(self._sync_all,), name="sync", daemon=True)
+        self.write_seconds = self.sync_seconds = 0.0
+        self._writer = threading.Thread(target=self._write_all, name="write", daemon=True)
+        self._syncer = threading.Thread(target=self._sync_all, name="sync", daemon=True)
         self._writer.start()
         self._syncer.start()
 
@@ -229,37 +229,44 @@ class WriteBehind:
         if self._error is not None:
             raise self._error
 
-    def _guard(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except BaseException as error:  # noqa: BLE001 - raised in the main thread by put and close
-            with self._change:
-                self._error = self._error or error
-                self._change.notify_all()
+    def _fail(self, error: BaseException) -> None:
+        with self._change:
+            self._error = self._error or error
+            self._change.notify_all()
 
     def _write_all(self) -> None:
         hashing: xxhash.xxh3_128 | None = None
-        while (piece := self._next_piece()) is not None:
-            piece.ready()
-            began = time.perf_counter()
-            hashing = hashing or xxhash.xxh3_128()
-            hashing.update(piece.data)
-            hashed = time.perf_counter()
-            self._shard(piece.tensor.shard).write(piece.offset, piece.data)
-            self.hash_seconds += hashed - began
-            self.write_seconds += time.perf_counter() - hashed
-            size = len(piece.data)
-            piece.release()
-            with self._change:
-                self._dirty += size
-                self.bytes_written += size
-                if piece.finish is not None:
-                    self._finished.append(Finished(piece.tensor.shard, piece.finish(hashing.hexdigest())))
-                    hashing = None
-                self._change.notify_all()
+        try:
+            while (piece := self._next_piece()) is not None:
+                try:
+                    hashing = self._write_piece(piece, hashing or xxhash.xxh3_128())
+                finally:
+                    piece.release()
+        except BaseException as error:  # noqa: BLE001 - raised in the main thread by put and close
+            self._fail(error)
         with self._change:
             self._written_all = True
+            left, self._queue = list(self._queue), deque()
             self._change.notify_all()
+        # After an error nothing is written any more. Whoever waits for a slot gets it, goes on, and meets the error
+        # at the next put.
+        for piece in left:
+            piece.release()
+
+    def _write_piece(self, piece: _Write, hashing: xxhash.xxh3_128) -> xxhash.xxh3_128 | None:
+        """Write one piece; returns the hash to go on with, None after a tensor's last piece."""
+        piece.ready()
+        began = time.perf_counter()
+        hashing.update(piece.data)
+        self._shard(piece.tensor.shard).write(piece.offset, piece.data)
+        self.write_seconds += time.perf_counter() - began
+        with self._change:
+            self._dirty += len(piece.data)
+            self.bytes_written += len(piece.data)
+            if piece.finish is not None:
+                self._finished.append(Finished(piece.tensor.shard, piece.finish(hashing.hexdigest())))
+            self._change.notify_all()
+        return None if piece.finish is not None else hashing
 
     def _next_piece(self) -> _Write | None:
         with self._change:
@@ -282,16 +289,19 @@ class WriteBehind:
 
     def _sync_all(self) -> None:
         last = False
-        while not last:
-            with self._change:
-                self._change.wait_for(self._should_sync, timeout=_SYNC_SECONDS)
-                if self._error is not None:
-                    return
-                last = self._written_all
-                finished, self._finished = self._finished, []
-                shards, dirty = list(self._shards.items()), self._dirty
-            if dirty or finished:
-                self._sync(finished, shards, dirty)
+        try:
+            while not last:
+                with self._change:
+                    self._change.wait_for(self._should_sync, timeout=_SYNC_SECONDS)
+                    if self._error is not None:
+                        return
+                    last = self._written_all
+                    finished, self._finished = self._finished, []
+                    shards, dirty = list(self._shards.items()), self._dirty
+                if dirty or finished:
+                    self._sync(finished, shards, dirty)
+        except BaseException as error:  # noqa: BLE001 - raised in the main thread by put and close
+            self._fail(error)
 
     def _should_sync(self) -> bool:
         return self._dirty >= self._dirty_limit // 2 or self._written_all or self._error is not None

@@ -211,11 +211,10 @@ def test_what_is_no_yaml_is_refused_with_the_line(text: str, problem: str) -> No
     assert found.startswith(problem)
 
 
-@pytest.mark.parametrize(
-    "value", ["2024-02-30", "2024-01-01T25:00:00Z", "0b_", "!!int foo", "!!float foo", "!!bool foo", "!!timestamp foo", "9" * 5000]
-)  # fmt: skip
-def test_a_scalar_that_yaml_cannot_build_is_refused_like_other_mistakes(value: str) -> None:
-    assert problems(LINEAR + f"dtype: {value}\n")
+def test_a_scalar_that_yaml_cannot_build_is_refused_like_other_mistakes() -> None:
+    # PyYAML raises ValueError, KeyError or AttributeError for these, no error of its own.
+    for value in ("2024-02-30", "2024-01-01T25:00:00Z", "0b_", "!!int x", "!!float x", "!!bool x", "!!timestamp x", "9" * 5000):
+        assert problems(LINEAR + f"dtype: {value}\n")
 
 
 def test_a_key_given_twice_is_refused_with_its_line() -> None:
@@ -363,7 +362,7 @@ def test_a_model_that_is_nowhere_says_where_it_was_sought(tmp_path: Path) -> Non
         resolve_model("acme/math-8b", tmp_path / "r.yaml")
 
 
-@pytest.mark.parametrize("name", ["x" * 300, "~nobody-of-this-name/x", "a\0b"], ids=["long", "home", "nul"])
-def test_a_model_name_that_no_disk_can_hold_is_not_there(tmp_path: Path, name: str) -> None:
-    with pytest.raises(InputError, match="is not there"):
-        resolve_model(name, tmp_path / "r.yaml")
+def test_a_model_name_that_no_disk_can_hold_is_not_there(tmp_path: Path) -> None:
+    for name in ("a\0b", "x" * 300, "~nobody-of-this-name/x"):
+        with pytest.raises(InputError, match="is not there"):
+            resolve_model(name, tmp_path / "r.yaml")

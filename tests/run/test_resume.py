@@ -92,7 +92,9 @@ def test_a_fresh_run_killed_once_anywhere_resumes(merged: tuple[Path, Path], tmp
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_saves_the_work_and_exits_75(merged: tuple[Path, Path], tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_saves_the_work_and_exits_75(
+    merged: tuple[Path, Path], tmp_path: Path, number: signal.Signals
+) -> None:
     recipe, whole = merged
     out = tmp_path / "out"
     # Reads slowed down, so that the signal finds the merge at work.
