@@ -39,10 +39,21 @@ class _Silent:
         return nullcontext()
 
 
-def merge(recipe: PathLike, out: PathLike, *, max_memory: str | int | None = None,
-          max_gpu_memory: str | int | None = None, device: str = "auto", threads: int | None = None,
-          out_shard_size: str | int = DEFAULT_SHARD_BYTES, compile: Compile = "auto", seed: int = 0,
-          restart: bool = False, strict: bool = False, note: Callable[[str], None] | None = None) -> Report:  # fmt: skip
+def merge(
+    recipe: PathLike,
+    out: PathLike,
+    *,
+    max_memory: str | int | None = None,
+    max_gpu_memory: str | int | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    out_shard_size: str | int = DEFAULT_SHARD_BYTES,
+    compile: Compile = "auto",
+    seed: int = 0,
+    restart: bool = False,
+    strict: bool = False,
+    note: Callable[[str], None] | None = None,
+) -> Report:
     """Merge `recipe` into the directory `out`, going on where an earlier run stopped.
 
     Sizes are bytes or text like "24GB". `note` is called with what the user should know. Raises StreamMergeError.

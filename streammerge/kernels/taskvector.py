@@ -91,6 +91,10 @@ def task_vector_method(name: str, doc: str, *, sparsifier: Sparsifier, election:
         inert = settings.number("lambda") == 0 or not any(settings.numbers("weight"))
         return 0 if inert else None
 
+    def check(settings: Settings) -> list[str]:
+        densities = [density for density in settings.numbers("density") if density < 0]
+        return [f"density {density:g} is below 0; it is a share, from 0 to 1" for density in densities]
+
     return Method(
         name=name,
         doc=doc,
@@ -110,6 +114,7 @@ def task_vector_method(name: str, doc: str, *, sparsifier: Sparsifier, election:
         passes=passes,
         looks=looks,
         copies=copies,
+        check=check,
     )
 
 

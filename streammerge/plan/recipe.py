@@ -85,10 +85,10 @@ class Input:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the user asked for. `models` are the inputs other than the base, in the order that counts.
+    """What the user asked for.
 
-    `base` is the index of nothing: a base is an input of its own, first where the method has one. `dtype` and
-    `out_dtype` are names of base/dtypes.py. `text` is the file as given.
+    `base` is the base model where the method has one, else None; `models` are the other inputs, in the order that
+    counts. `dtype` and `out_dtype` are names of base/dtypes.py. `text` is the file as given.
     """
 
     path: Path

@@ -68,7 +68,7 @@ def test_the_cgroup_kills_who_takes_more(group: Path) -> None:
 
 
 def test_the_limit_of_the_cgroup_counts_without_a_flag(group: Path, tmp_path: Path) -> None:
-    base, *models = make_models(tmp_path, shapes={"w": (100, 100)})
+    _, *models = make_models(tmp_path, shapes={"w": (100, 100)})
     recipe = write_recipe(tmp_path / "r.yaml", "linear", models, per_model={"weight": 1})
     result = run("plan", recipe, "--json", before=joining(group))
     assert result.code == 0, result.err
@@ -76,7 +76,7 @@ def test_the_limit_of_the_cgroup_counts_without_a_flag(group: Path, tmp_path: Pa
 
 
 def test_a_budget_that_cannot_work_is_refused_before_any_file(tmp_path: Path) -> None:
-    base, *models = make_models(tmp_path, shapes={"w": (100, 100)})
+    _, *models = make_models(tmp_path, shapes={"w": (100, 100)})
     recipe = write_recipe(tmp_path / "r.yaml", "linear", models, per_model={"weight": 1})
     result = run(recipe, tmp_path / "out", "--max-memory", "100MB")
     assert result.code == 3
@@ -87,7 +87,7 @@ def test_a_budget_that_cannot_work_is_refused_before_any_file(tmp_path: Path) ->
 
 
 def test_no_room_on_disk_is_refused_before_any_file(tmp_path: Path) -> None:
-    base, *models = make_models(tmp_path, shapes={"w": (100, 100)})
+    _, *models = make_models(tmp_path, shapes={"w": (100, 100)})
     recipe = write_recipe(tmp_path / "r.yaml", "linear", models, per_model={"weight": 1})
     full = (
         "import streammerge.run.merge as m\nm.free_bytes = lambda folder: 1000\n"

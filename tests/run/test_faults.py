@@ -70,7 +70,7 @@ def test_a_fault_is_one_error_and_the_next_run_goes_on(
 
 
 def test_a_truncated_input_is_named(recipe: Path, tmp_path: Path) -> None:
-    base, *models = make_models(tmp_path, shapes=SHAPES)
+    _, *models = make_models(tmp_path, shapes=SHAPES)
     weights = models[1] / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     broken = write_recipe(tmp_path / "r.yaml", "linear", models, per_model={"weight": 1})
@@ -82,6 +82,7 @@ def test_a_truncated_input_is_named(recipe: Path, tmp_path: Path) -> None:
 
 def test_integers_that_differ_are_refused(tmp_path: Path) -> None:
     import torch
+
     from tests.models import save_model
 
     models = [save_model(tmp_path / name, {"w": torch.ones(70000), "ids": torch.arange(5) + i})

@@ -14,7 +14,8 @@ import pytest
 
 import streammerge
 from streammerge.run.journal import WORK_FOLDER
-from tests.command import COMMAND, streammerge as run
+from tests.command import COMMAND
+from tests.command import streammerge as run
 from tests.models import make_models, write_recipe
 
 SHAPES = {f"model.layers.{i}.mlp.up_proj.weight": (300, 1024) for i in range(12)}
@@ -171,7 +172,7 @@ def test_two_runs_into_one_directory_do_not_meet(merged: tuple[Path, Path], tmp_
 
 
 def test_inputs_that_change_between_runs_are_noticed(tmp_path: Path) -> None:
-    base, *models = make_models(tmp_path, shapes=SHAPES)
+    _, *models = make_models(tmp_path, shapes=SHAPES)
     recipe = write_recipe(tmp_path / "r.yaml", "linear", models, per_model={"weight": 1})
     out = tmp_path / "out"
     killed_at(40, recipe, out)
