@@ -31,5 +31,9 @@ def total(block_sums: Tensor) -> list[float]:
 
 
 def _total(column: list[float]) -> float:
-    # fsum refuses infinities of both signs; a plain sum gives the NaN that the report will count.
-    return math.fsum(column) if all(math.isfinite(value) for value in column) else sum(column)
+    # fsum refuses infinities of both signs and sums beyond the range; a plain sum gives the NaN or infinity that the
+    # report will count.
+    try:
+        return math.fsum(column) if all(math.isfinite(value) for value in column) else sum(column)
+    except OverflowError:
+        return sum(column)

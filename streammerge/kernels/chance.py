@@ -41,12 +41,12 @@ def keep_mask(keys: Tensor, limits: Tensor) -> Tensor:
     """Which elements stay: (blocks, 2) int32 keys and a limit of `keep_limit` -> (blocks, BLOCK) bool."""
     index = torch.arange(BLOCK, dtype=torch.int32, device=keys.device)[None, :]
     bits = _mix(_mix(index ^ keys[:, 0:1]) ^ keys[:, 1:2])
-    return ((bits >> 1) & 0x7FFFFFFF) < limits
+    return ((bits >> 1) & 0x7FFFFFFF) <= limits
 
 
 def keep_limit(density: float) -> int:
-    """The limit under which 31 random bits fall with probability `density`."""
-    return min(2**31 - 1, max(0, round(density * 2**31)))
+    """The limit that 31 random bits do not exceed with probability `density`: -1 for 0, all bits for 1."""
+    return min(2**31, max(0, round(density * 2**31))) - 1
 
 
 def _mix(bits: Tensor) -> Tensor:

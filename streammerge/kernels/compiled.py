@@ -72,8 +72,13 @@ class Cache:
         package = self.package(program, signature)
         if not package.exists():
             return None
-        # The loader of torch._inductor, without importing the compiler behind it (two seconds, 170 MB).
-        loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, threads, -1)
+        try:
+            # The loader of torch._inductor, without importing the compiler behind it (two seconds, 170 MB).
+            loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, threads, -1)
+        except RuntimeError:
+            # Damaged: gone, it is compiled again when that pays, and eager code gives the same bits.
+            package.unlink(missing_ok=True)
+            return None
         names = [argument.name for argument in program.arguments]
 
         def run(inputs: Sequence[Tensor], out: Tensor | None, starts: Tensor | None, keys: Tensor | None,
@@ -91,7 +96,10 @@ class Cache:
             return None
         if (reason := compiler_missing()) is not None:
             return reason
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            return f"{self.directory} cannot be made: {error.strerror}"
         request = pickle.dumps(
             [(program, signature, self.package(program, signature)) for program, signature in missing]
         )

@@ -180,7 +180,7 @@ def evaluate(program: Program, work: torch.dtype, inputs: Sequence[Tensor], has_
     result = program(tile, arguments)
     if out is None:
         return result
-    stored_result = result.to(out.dtype)
+    stored_result = round_once(result, out.dtype)
     out.copy_(stored_result)
     rounded = stored_result.to(work)
     # x - x is 0 for every finite x and NaN otherwise: one sum tells whether to look closer.
@@ -188,3 +188,18 @@ def evaluate(program: Program, work: torch.dtype, inputs: Sequence[Tensor], has_
     for value in values:
         probe = probe + (value - value)
     return probe.sum(-1)
+
+
+def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """`values` in `dtype`, rounded to nearest even, once.
+
+    torch turns float64 into a 16-bit float by way of float32 and so rounds twice. Rounding to odd on the way makes the
+    second rounding see which side the first one fell on.
+    """
+    if values.dtype is not torch.float64 or dtype.itemsize > 2:
+        return values.to(dtype)
+    nearest = values.to(torch.float32)
+    away = nearest.abs().to(torch.float64) > values.abs()
+    inward = torch.where(away, torch.nextafter(nearest, torch.zeros_like(nearest)), nearest)
+    inexact = inward.to(torch.float64) != values
+    return (inward.view(torch.int32) | inexact.to(torch.int32)).view(torch.float32).to(dtype)

@@ -97,7 +97,7 @@ class _Search:
 
     def __init__(self, keep: int, elements: int, blocks: int, work: torch.dtype) -> None:
         self.keep = keep
-        self.low, self.high = 0, _keys(np.array([np.inf], _float(work)))[0] + 1
+        self.low, self.high = 0, int(_keys(np.array([np.inf], _float(work)))[0]) + 1
         self.at_least_low = np.full(blocks, BLOCK, np.int64)
         self.at_least_low[-1] -= blocks * BLOCK - elements
         self.at_least_high = np.zeros(blocks, np.int64)

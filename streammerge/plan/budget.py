@@ -94,7 +94,8 @@ def make_schedule(plan: Plan, *, limit_bytes: int, limited_by: str, allowed: boo
     fewest = (_FEWEST_SLOTS + SCRATCH_BLOCKS) * largest
 
     if room < fewest:
-        smallest = _smallest_limit(baseline_bytes + work + _LEAST_DIRTY + fewest)
+        least_dirty = min(_LEAST_DIRTY, dirty)
+        smallest = _smallest_limit(baseline_bytes + work + least_dirty + fewest)
         if smallest > limit_bytes:
             raise DoesNotFit(
                 f"{format_size(limit_bytes)} of memory ({limited_by}) is too little for this merge: the interpreter "
@@ -102,7 +103,7 @@ def make_schedule(plan: Plan, *, limit_bytes: int, limited_by: str, allowed: boo
                 f"{format_size(work)}, the smallest buffers {format_size(fewest)}, besides a "
                 f"reserve. The smallest budget that works is {-(-smallest // 1_000_000)}MB."
             )
-        dirty = _LEAST_DIRTY
+        dirty = least_dirty
         room = limit_bytes - _reserve(limit_bytes) - (baseline_bytes + work + dirty)
 
     room -= SCRATCH_BLOCKS * largest

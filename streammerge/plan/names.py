@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 # The first number between dots, or at the start, counts the layers: model.layers.3.mlp.experts.5 is layer 3.
-_LAYER = re.compile(r"(?:^|(?P<stack>.*?)\.)(?P<index>\d+)\.")
+_LAYER = re.compile(r"(?:^|(?P<stack>.*?)\.)(?P<index>\d{1,9})\.")
 
 
 def layer_of(name: str) -> tuple[str, int] | None:

@@ -104,7 +104,8 @@ def build_plan(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, seed: int, 
     names = list(checkpoints[0].tensors)
     problems = _names_problems(recipe, checkpoints)
     if problems:
-        raise RecipeError(str(recipe.path), _shorten(problems))
+        advice = "every model must hold the same tensors: are these models of one architecture?"
+        raise RecipeError(str(recipe.path), [*_shorten(problems), advice])
     _check_shapes(recipe, checkpoints)
     _check_dtypes(recipe, checkpoints)
 
@@ -156,8 +157,6 @@ def _names_problems(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> list[s
         for name in other.tensors:
             if name not in first[1].tensors:
                 problems.append(f"tensor {name!r} is in {other_input.model} and not in {first[0].model}")
-    if problems:
-        problems.append("every model must hold the same tensors: are these models of one architecture?")
     return problems
 
 

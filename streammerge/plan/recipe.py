@@ -6,6 +6,7 @@ What mergekit ignores silently (a misspelt key, a parameter no method has) is a 
 
 from __future__ import annotations
 
+import copy
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from streammerge.plan.setting import Setting, parse_setting
 
 _MAX_BYTES = 4_000_000
 _MAX_NODES = 200_000
+_SHOWN = 100
 _LATER = ("slices", "modules", "tokenizer", "chat_template", "name")
 
 
@@ -38,11 +40,14 @@ def _settings(content: Any) -> Any:
     if not isinstance(content, dict):
         raise ValueError("expected a map from parameter names to values")
     parsed: dict[str, Setting] = {}
+    problems = []
     for name, setting in content.items():
         try:
             parsed[str(name)] = parse_setting(setting)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+            problems.append(f"{name}: {error}")
+    if problems:
+        raise ValueError("; ".join(problems))
     return parsed
 
 
@@ -129,7 +134,9 @@ def parse_recipe(text: str, path: Path, *, strict: bool = False) -> Recipe:
     try:
         document = _Recipe.model_validate(content)
     except ValidationError as error:
-        raise RecipeError(str(path), [_problem(details, lines) for details in error.errors()]) from None
+        problems = [_problem(details, lines) for details in error.errors()]
+        problems += _problems_of_the_rest(content, [details["loc"] for details in error.errors()], lines)
+        raise RecipeError(str(path), problems) from None
     problems, warnings = _Checks(document, lines).run()
     if strict:
         problems, warnings = problems + warnings, []
@@ -139,6 +146,25 @@ def parse_recipe(text: str, path: Path, *, strict: bool = False) -> Recipe:
 
 
 Place = tuple[str | int, ...]
+
+
+def _problems_of_the_rest(content: Any, places: list[Place], lines: dict[Place, int]) -> list[str]:
+    """What else is wrong with a recipe once the values at `places` are taken out, if it can be read then."""
+    if ("models",) in places:
+        return []
+    rest = copy.deepcopy(content)
+    for place in places:
+        owner = rest
+        for part in place[:-1]:
+            owner = owner[part]
+        if not isinstance(owner, dict) or place[-1] not in owner:
+            return []
+        del owner[place[-1]]
+    try:
+        document = _Recipe.model_validate(rest)
+    except ValidationError:
+        return []
+    return _Checks(document, lines).run()[0]
 
 
 def _read_yaml(text: str, path: Path) -> tuple[Any, dict[Place, int]]:
@@ -155,6 +181,9 @@ def _read_yaml(text: str, path: Path) -> tuple[Any, dict[Place, int]]:
         raise RecipeError(str(path), [f"{line}not YAML: {error.problem or error.context}"]) from None
     except yaml.YAMLError as error:
         raise RecipeError(str(path), [f"not YAML: {error}"]) from None
+    except (ValueError, OverflowError, KeyError, AttributeError, TypeError) as error:
+        # A scalar that looks like a date or a number and is none: PyYAML has no error of its own for these.
+        raise RecipeError(str(path), [f"not YAML: a value cannot be read: {error}"]) from None
     except RecursionError:
         raise RecipeError(str(path), ["nested too deeply"]) from None
 
@@ -182,10 +211,16 @@ def _problem(details: ErrorDetails, lines: dict[Place, int]) -> str:
     if details["type"] == "missing":
         message = "is missing"
     elif details["type"] == "string_type":
-        message = f"expected text, found {details['input']!r}"
+        message = f"expected text, found {_brief(details['input'])}"
     elif details["type"] in ("list_type", "model_type", "dict_type"):
-        message = f"expected a {'list' if details['type'] == 'list_type' else 'map'}, found {details['input']!r}"
+        kind = "list" if details["type"] == "list_type" else "map"
+        message = f"expected a {kind}, found {_brief(details['input'])}"
     return f"{_where(place, lines)}{message}"
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
 
 
 def _where(place: Place, lines: dict[Place, int]) -> str:
@@ -238,7 +273,7 @@ class _Checks:
                 self._warn((*place, key), f"unknown key, ignored.{_nearest(key, known)}")
 
     def _reference(self, model: str, place: Place) -> None:
-        if "+" in model and not Path(model).expanduser().exists():
+        if "+" in model and not _exists(_expanded(model)):
             self._problem(place, f"{model!r} names an adapter after `+`; adapters are still to come. Merge it first")
 
     def _nearest_method(self) -> str:
@@ -314,10 +349,26 @@ def resolve_model(model: str, recipe_path: Path) -> Path:
 
     Raises InputError when it is in neither.
     """
-    written = Path(model).expanduser()
+    written = _expanded(model)
     for path in [written] if written.is_absolute() else [written, recipe_path.parent / written]:
-        if path.exists():
+        if _exists(path):
             return path
     places = f"{Path.cwd()}" if recipe_path.parent.resolve() == Path.cwd() else f"{Path.cwd()} and {recipe_path.parent}"
     hub = " Names on the Hub are still to come: download it first." if model.count("/") == 1 else ""
     raise InputError(f"{recipe_path}: model {model!r} is not there (looked in {places}).{hub}")
+
+
+def _expanded(model: str) -> Path:
+    try:
+        return Path(model).expanduser()
+    except RuntimeError:
+        # `~name` of nobody known here.
+        return Path(model)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        # A name that no file can have, or a directory nobody may look into.
+        return False

@@ -92,7 +92,7 @@ def _typed(value: Scalar, param: Param) -> Value:
     # YAML 1.1 reads 1e-5, without a dot, as text.
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(f"expected a number, found {value!r}") from None
     if not math.isfinite(number):
         raise ValueError(f"expected a finite number, found {value!r}")

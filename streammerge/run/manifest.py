@@ -38,7 +38,7 @@ def manifest(plan: Plan, done: Mapping[str, Done], side_files: Mapping[str, byte
             if done[tensor.name].nonfinite_output or any(done[tensor.name].nonfinite_inputs)
         },
     }  # fmt: skip
-    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+    return _dump(content | {"checksum": xxhash.xxh3_128_hexdigest(_dump(content))})
 
 
 def read_manifest(out: Path) -> dict[str, Any]:
@@ -55,4 +55,11 @@ def read_manifest(out: Path) -> dict[str, Any]:
     parts = ("files", "shards", "tensors")
     if not isinstance(content, dict) or not all(isinstance(content.get(part), dict) for part in parts):
         raise InputError(f"{path}: is no manifest of ours, or damaged.")
+    checksum = content.pop("checksum", None)
+    if checksum != xxhash.xxh3_128_hexdigest(_dump(content)):
+        raise InputError(f"{path}: is not what was written: its own checksum differs.")
     return content
+
+
+def _dump(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()

@@ -34,7 +34,7 @@ from streammerge.run.journal import Journal
 from streammerge.run.lane import CpuLane, Lane
 from streammerge.run.manifest import manifest
 from streammerge.run.memory import Meter, memory_limit, processors, usage
-from streammerge.run.output import MANIFEST_NAME, check_apart, claim, finish, finished_digest
+from streammerge.run.output import MANIFEST_NAME, check_apart, claim, finish, finished_digest, trust
 from streammerge.run.pipeline import ReadAhead, WriteBehind
 from streammerge.run.sidefiles import CARD_NAME, RECIPE_NAME, copied_files, model_card, side_file
 from streammerge.storage.checkpoint import open_checkpoint
@@ -142,9 +142,10 @@ def merge(recipe_path: Path, out: Path, options: Options, observer: Observer) ->
     _check_disk(plan, out)
     with ExitStack() as stack:
         stopping = stack.enter_context(_signals())
-        work = stack.enter_context(claim(out, plan, restart=options.restart))
+        work = stack.enter_context(claim(out, plan, _file_names(plan), restart=options.restart))
         journal = Journal(work / "journal")
         stack.callback(journal.close)
+        trust(out, plan, journal)
         pending = [tensor for tensor in plan.tensors if tensor.name not in journal.done]
         compiling = consider(plan, pending, schedule, options.compile, on_gpu=device.type == "cuda")
         seconds = estimate_seconds(plan, pending, schedule, compiling.seconds)
@@ -254,6 +255,13 @@ def _publish_rest(plan: Plan, out: Path, journal: Journal) -> None:
         write_file(out / index[0], index[1])
     sync_directory(out)
     finish(out)
+
+
+def _file_names(plan: Plan) -> list[str]:
+    """Every file that OUT will hold."""
+    index = index_file(plan.shards)
+    names = [shard.name for shard in plan.shards] + [file.name for file in copied_files(plan)]
+    return [*names, RECIPE_NAME, CARD_NAME, MANIFEST_NAME, *([index[0]] if index else [])]
 
 
 def _check_disk(plan: Plan, out: Path) -> None:

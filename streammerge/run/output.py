@@ -9,19 +9,21 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from streammerge.base.errors import OutputError
 from streammerge.plan.plan import Plan
-from streammerge.run.journal import WORK_FOLDER
+from streammerge.run.journal import WORK_FOLDER, Done, Journal
 from streammerge.storage.checkpoint import Checkpoint
-from streammerge.storage.sink import PARTIAL_SUFFIX, translate, write_file
+from streammerge.storage.sink import PARTIAL_SUFFIX, partial_path, translate, write_file
 
 MANIFEST_NAME = "streammerge.manifest.json"
+_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 def check_apart(out: Path, checkpoints: Sequence[Checkpoint]) -> None:
@@ -41,14 +43,14 @@ def finished_digest(out: Path) -> str | None:
     manifest = out / MANIFEST_NAME
     if not manifest.exists() or (out / WORK_FOLDER).exists():
         return None
-    content = _read_json(manifest)
+    content = _read_json(manifest, "Remove the directory, or choose another one.")
     digest = content.get("digest")
     return digest if isinstance(digest, str) else None
 
 
 @contextmanager
-def claim(out: Path, plan: Plan, *, restart: bool) -> Iterator[Path]:
-    """Take OUT over: yields its work folder, locked, with this plan written in it.
+def claim(out: Path, plan: Plan, files: Sequence[str], *, restart: bool) -> Iterator[Path]:
+    """Take OUT over: yields its work folder, locked, with this plan and the names of all `files` to come written in it.
 
     Raises OutputError when OUT holds something else, is locked, or belongs to another plan.
     """
@@ -63,9 +65,9 @@ def claim(out: Path, plan: Plan, *, restart: bool) -> Iterator[Path]:
             delete(leftovers(out))
         record = work / "plan.json"
         if record.exists():
-            _compare(out, _read_json(record), plan)
+            _compare(out, _read_json(record, "Give --restart to begin again, or choose another directory."), plan)
         else:
-            content = {"digest": plan.digest, "facts": plan.facts, "shards": [shard.name for shard in plan.shards]}
+            content = {"digest": plan.digest, "facts": plan.facts, "files": files}
             write_file(record, json.dumps(content, indent=1).encode())
         yield work
 
@@ -87,19 +89,61 @@ def _locked(out: Path, work: Path) -> Iterator[None]:
         os.close(lock)
 
 
+def trust(out: Path, plan: Plan, journal: Journal) -> None:
+    """Make the journal say only what the files in OUT bear out.
+
+    A shard, or its partial file, that is gone or of the wrong size has lost its tensors. A finished shard whose tensors
+    are not all in the journal becomes a partial file again.
+    """
+    kept: list[Done] = []
+    for shard in plan.shards:
+        known = [journal.done[entry.name] for entry in shard.entries if entry.name in journal.done]
+        final, partial = out / shard.name, partial_path(out / shard.name)
+        if _begins_with(final, shard.header, shard.nbytes):
+            kept += known
+            if len(known) < len(shard.entries):
+                try:
+                    final.rename(partial)
+                except OSError as error:
+                    raise translate(final, error) from error
+        elif _begins_with(partial, b"", shard.nbytes):
+            kept += known
+    if len(kept) < len(journal.done):
+        journal.keep(kept)
+
+
+def _begins_with(path: Path, header: bytes, size: int) -> bool:
+    if not path.is_file() or path.stat().st_size != size:
+        return False
+    with path.open("rb") as file:
+        return file.read(len(header)) == header
+
+
 def leftovers(out: Path) -> list[Path]:
-    """What an unfinished merge has left in OUT: partial files, the shards it had finished, its work folder's files."""
+    """What an unfinished merge has left in OUT: the files its plan names, whole or partial, and its work folder's.
+
+    Where the plan is damaged: whatever has the name of a shard.
+    """
     work = out / WORK_FOLDER
     if not work.is_dir():
         return []
-    shards: list[str] = []
-    if (work / "plan.json").exists():
-        # A damaged plan names no shards; --restart then writes over them.
-        with suppress(OutputError):
-            shards = [name for name in _read_json(work / "plan.json").get("shards", []) if isinstance(name, str)]
-    found = [out / name for name in shards if Path(name).name == name and (out / name).is_file()]
-    found += sorted(out.glob(f"*{PARTIAL_SUFFIX}"))
+    names = _planned_names(work / "plan.json")
+    if names is None:
+        found = [path for path in sorted(out.iterdir()) if _SHARD.fullmatch(path.name.removesuffix(PARTIAL_SUFFIX))]
+    else:
+        found = [path for name in names for path in (out / name, partial_path(out / name)) if path.is_file()]
     return found + sorted(file for file in work.iterdir() if file.name != "lock")
+
+
+def _planned_names(record: Path) -> list[str] | None:
+    """The names of the files that the plan in OUT makes, or None where it does not say."""
+    try:
+        names = _read_json(record, "").get("files") if record.exists() else None
+    except OutputError:
+        return None
+    if not isinstance(names, list):
+        return None
+    return [name for name in names if isinstance(name, str) and Path(name).name == name]
 
 
 def clean(out: Path, *, remove: bool) -> list[Path]:
@@ -177,11 +221,11 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "…"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, advice: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise OutputError(f"{path}: cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError):
-        raise OutputError(f"{path}: is damaged. Give --restart to begin again, or choose another directory.") from None
+        raise OutputError(f"{path}: is damaged. {advice}") from None
     return content if isinstance(content, dict) else {}

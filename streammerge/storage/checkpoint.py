@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+import stat
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -75,9 +76,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     Raises InputError when it is missing, damaged, or when index and files disagree.
     """
-    if path.is_file():
+    if _is(path, stat.S_ISREG):
         return _gather(path, [(path.name, *open_file(path))])
-    if not path.is_dir():
+    if not _is(path, stat.S_ISDIR):
         raise InputError(f"{path}: no such model. Give a directory with safetensors files, or one such file.")
     index, single = path / INDEX_NAME, path / SINGLE_NAME
     if index.exists():
@@ -88,7 +89,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 f"{path}: holds both {SINGLE_NAME} and an index of other shards; one of them is left over from an "
                 f"earlier save. Remove the wrong one, or name the file itself as the model."
             )
-        missing = [name for name in names if not (path / name).is_file()]
+        missing = [name for name in names if not _is(path / name, stat.S_ISREG)]
         if missing:
             raise InputError(f"{index}: names {_listing(missing)}, which {_are(missing)} not there. Download again.")
         checkpoint = _gather(path, [(name, *open_file(path / name)) for name in names])
@@ -102,6 +103,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def open_file(path: Path) -> tuple[Header, os.stat_result]:
     """Header and status of one safetensors file. Raises InputError, naming the file."""
+    if not _is(path, stat.S_ISREG):
+        raise InputError(f"{path}: cannot be read: {'it is no regular file' if path.exists() else 'it is not there'}.")
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
@@ -165,6 +168,14 @@ def _check_index(index: Path, weight_map: dict[str, str], checkpoint: Checkpoint
         shown = "\n".join(f"  - {problem}" for problem in problems[:10])
         more = f"\n  - and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise InputError(f"{index}: does not fit its files:\n{shown}{more}\nDownload the model again.")
+
+
+def _is(path: Path, kind: Callable[[int], bool]) -> bool:
+    try:
+        return kind(path.stat().st_mode)
+    except (OSError, ValueError):
+        # Not there, or a name that no file can have.
+        return False
 
 
 def _listing(names: list[str]) -> str:

@@ -94,7 +94,9 @@ def _parse(raw: bytes, file_bytes: int) -> Header:
     if not text.startswith(b"{"):
         raise _Refused("its header does not begin with '{'")
     try:
-        fields = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        fields = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_integer
+        )
     except UnicodeDecodeError as error:
         raise _Refused(f"its header is not UTF-8 ({error.reason} at byte {error.start})") from None
     except RecursionError:
@@ -123,6 +125,20 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
+def _integer(text: str) -> int:
+    # -0 is an integer to Python; the library refuses every sign.
+    if text.startswith("-"):
+        raise _Refused(f"its header holds the negative number {text[:20]}")
+    return int(text)
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise _Refused(f"its header holds half a character in {text!r}") from None
+
+
 def _no_constant(text: str) -> None:
     raise _Refused(f"its header holds {text}, which is not JSON")
 
@@ -130,10 +146,14 @@ def _no_constant(text: str) -> None:
 def _metadata(field: Any) -> dict[str, str]:
     if not isinstance(field, dict) or not all(isinstance(value, str) for value in field.values()):
         raise _Refused("its __metadata__ is not a map from text to text")
+    for key, value in field.items():
+        _check_text(key)
+        _check_text(value)
     return field
 
 
 def _entry(name: str, field: Any, data_start: int, data_bytes: int) -> Entry:
+    _check_text(name)
     if not isinstance(field, dict) or set(field) != {"dtype", "shape", "data_offsets"}:
         raise _Refused(f"its entry {name!r} does not have exactly dtype, shape and data_offsets")
     dtype = DTYPES.get(field["dtype"]) if isinstance(field["dtype"], str) else None

@@ -62,7 +62,7 @@ class Shard:
     def publish(self) -> None:
         """Turn the complete partial file into the shard. It is closed afterwards."""
         try:
-            os.pwrite(self._descriptor, self._header[:LENGTH_BYTES], 0)
+            _write_at(self._descriptor, self._header[:LENGTH_BYTES], 0)
             os.fsync(self._descriptor)
             self.close()
             self._partial.rename(self.path)
@@ -80,7 +80,7 @@ class Shard:
         descriptor = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             allocate(descriptor, size)
-            os.pwrite(descriptor, UNFINISHED + self._header[LENGTH_BYTES:], 0)
+            _write_at(descriptor, UNFINISHED + self._header[LENGTH_BYTES:], 0)
         except OSError:
             os.close(descriptor)
             self._partial.unlink()
@@ -93,8 +93,14 @@ class Shard:
         if os.fstat(descriptor).st_size != size:
             os.ftruncate(descriptor, 0)
             allocate(descriptor, size)
-        os.pwrite(descriptor, UNFINISHED + self._header[LENGTH_BYTES:], 0)
+        _write_at(descriptor, UNFINISHED + self._header[LENGTH_BYTES:], 0)
         return descriptor
+
+
+def _write_at(descriptor: int, data: bytes, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], offset + done)
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -25,7 +25,9 @@ class Source:
     def __init__(self, checkpoint: Checkpoint, mode: Mode | None = None) -> None:
         """Open every file and check that it is still the one whose header was read. Raises InputError."""
         self.checkpoint = checkpoint
-        self.mode: Mode = mode or reading_mode(checkpoint.file_path(0))
+        self._mode = mode
+        # Each file its own: a shard may be a link to another file system.
+        self._modes: list[Mode] = []
         self._bounce = threading.local()
         self._descriptors: list[int] = []
         try:
@@ -41,18 +43,18 @@ class Source:
         `keep_cached` leaves them in the page cache for a later pass. Raises InputError when the file ends early or
         cannot be read.
         """
-        read = self._read_direct if self.mode == "direct" else self._read_plain
+        read = self._read_direct if self._modes[file] == "direct" else self._read_plain
         done = 0
         while done < len(buffer):
             try:
-                count = read(self._descriptors[file], buffer[done:], offset + done, keep_cached)
+                count = read(file, buffer[done:], offset + done, keep_cached)
             except OSError as error:
                 if error.errno not in (errno.EIO, errno.ESTALE):
                     raise self._failed(file, offset + done, error) from error
                 # A stale handle or a passing fault: once more through a fresh descriptor, then it is an error.
                 self._reopen(file)
                 try:
-                    count = read(self._descriptors[file], buffer[done:], offset + done, keep_cached)
+                    count = read(file, buffer[done:], offset + done, keep_cached)
                 except OSError as again:
                     raise self._failed(file, offset + done, again) from again
             if count == 0:
@@ -72,15 +74,16 @@ class Source:
             os.close(descriptor)
         self._descriptors = []
 
-    def _read_plain(self, descriptor: int, buffer: memoryview, offset: int, keep_cached: bool) -> int:
-        if self.mode == "dontcache" and not keep_cached:
+    def _read_plain(self, file: int, buffer: memoryview, offset: int, keep_cached: bool) -> int:
+        descriptor = self._descriptors[file]
+        if self._modes[file] == "dontcache" and not keep_cached:
             return os.preadv(descriptor, [buffer], offset, RWF_DONTCACHE)
         count = os.preadv(descriptor, [buffer], offset)
         if not keep_cached:
             drop_cached(descriptor, offset, count)
         return count
 
-    def _read_direct(self, descriptor: int, buffer: memoryview, offset: int, keep_cached: bool) -> int:
+    def _read_direct(self, file: int, buffer: memoryview, offset: int, keep_cached: bool) -> int:
         bounce: mmap.mmap | None = getattr(self._bounce, "buffer", None)
         if bounce is None:
             bounce = self._bounce.buffer = mmap.mmap(-1, _BOUNCE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -88,7 +91,7 @@ class Source:
         want = min(len(buffer) + lead, _BOUNCE_BYTES)
         want += -want % DIRECT_ALIGNMENT
         with memoryview(bounce) as view:
-            count = os.preadv(descriptor, [view[:want]], offset - lead)
+            count = os.preadv(self._descriptors[file], [view[:want]], offset - lead)
             count = max(0, min(count - lead, len(buffer)))
             buffer[:count] = view[lead : lead + count]
         return count
@@ -96,7 +99,9 @@ class Source:
     def _open(self, number: int) -> int:
         path = self.checkpoint.file_path(number)
         try:
-            flags = os.O_RDONLY | (os.O_DIRECT if self.mode == "direct" else 0)
+            if number == len(self._modes):
+                self._modes.append(self._mode or reading_mode(path))
+            flags = os.O_RDONLY | (os.O_DIRECT if self._modes[number] == "direct" else 0)
             descriptor = os.open(path, flags)
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}.") from error

@@ -125,7 +125,6 @@ def test_a_density_of_one_keeps_everything() -> None:
     assert masks(1.5, 16).all()
 
 
-@pytest.mark.xfail(strict=True, reason="the limit of density 1 is 2³¹ - 1 and bits must be below it (chance.py)")
 def test_a_density_of_one_keeps_the_largest_bits_too() -> None:
     # The first element of this stream whose 31 bits are all ones; found by running the hash backwards.
     block, index = 195_573, 26_807
@@ -159,4 +158,4 @@ def test_block_keys_are_what_they_were_in_format_1() -> None:
 def test_masks_are_what_they_were_in_format_1() -> None:
     packed = np.packbits(masks(0.5, 3).reshape(-1)).tobytes()
     assert xxhash.xxh3_64_hexdigest(packed) == "f86b1a1f8ba67fd3"
-    assert [keep_limit(density) for density in (0.0, 0.25, 0.3, 0.5)] == [0, 536870912, 644245094, 1073741824]
+    assert [keep_limit(density) for density in (0.0, 0.25, 0.3, 1 / 3)] == [-1, 536870911, 644245093, 715827882]

@@ -60,8 +60,9 @@ def test_dtypes_and_models_name_different_packages(cache: Cache) -> None:
 
 def test_programs_and_their_options_name_different_packages(cache: Cache) -> None:
     programs = {}
+    sparse = {"density": 0.5}
     for method in METHODS.values():
-        for parameters in ({}, {"density": 0.5}, {"density": 0.5, "normalize": True}, {"density": 0.5, "rescale": True}):
+        for parameters in ({}, sparse, {**sparse, "normalize": True}, {**sparse, "rescale": True}):
             settings = settings_of(method, make_case(method, "any", (1,), seed=0, **parameters))
             programs |= {program.label: program for program in (method.program(settings), *method.looks(settings))}
     assert len(programs) > 10
@@ -135,17 +136,18 @@ def test_a_compiler_that_fails_is_a_reason_and_leaves_nothing(cache: Cache, monk
     assert cache.load(LINEAR, SIGNATURE, 1) is None
 
 
-@pytest.mark.xfail(strict=True, raises=NotADirectoryError, reason="build raises when it cannot make the directory")
+@pytest.mark.skipif(compiler_missing() is not None, reason="needs a C++ compiler to come so far")
 def test_a_cache_that_cannot_be_made_is_a_reason(tmp_path: Path) -> None:
-    if compiler_missing():
-        pytest.xfail("never gets there")
     (tmp_path / "file").touch()
-    assert Cache(tmp_path / "file" / "kernels").build([(LINEAR, SIGNATURE)]) is not None
+    reason = Cache(tmp_path / "file" / "kernels").build([(LINEAR, SIGNATURE)])
+    assert reason is not None
+    assert "cannot be made" in reason
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="load raises what the loader does; a merge ends with it")
 @pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04" + bytes(1000)])
 def test_a_damaged_package_is_as_good_as_none(cache: Cache, content: bytes) -> None:
     cache.directory.mkdir()
     cache.package(LINEAR, SIGNATURE).write_bytes(content)
     assert cache.load(LINEAR, SIGNATURE, 1) is None
+    # Gone, so that it is compiled again.
+    assert list(cache.directory.iterdir()) == []

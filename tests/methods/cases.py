@@ -73,7 +73,7 @@ def model_count(method: Method, wished: int = 2) -> int:
 
 def make_case(method: Method, label: str, shape: Sequence[int], *, seed: int, models: int = 2,
               dtypes: Sequence[torch.dtype] = (torch.bfloat16,), **parameters: Any) -> Case:  # fmt: skip
-    """A case with random values: models near a base. `dtypes` are those of the base and the models, the last repeated."""
+    """A case with random values: models near a base. `dtypes` are those of base and models, the last one repeated."""
     generator = torch.Generator().manual_seed(seed)
     count = model_count(method, models)
     types = [*dtypes, *[dtypes[-1]] * count][: count + 1]

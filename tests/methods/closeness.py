@@ -1,8 +1,8 @@
-"""How near a merged tensor must be to its oracle.
+"""How near a merged tensor must be to its oracle, by its dtype.
 
-    F64, F32      1e-14 and 1e-6 of the largest magnitude, of inputs or result
-    BF16, F16     the oracle rounded once, but for one element in 500 that is one step off (the arithmetic is float32);
-                  and on average 1.02 times as far from the oracle as that rounding alone
+F64, F32      1e-14 and 1e-6 of the largest magnitude, of inputs or result
+BF16, F16     the oracle rounded once, but for one element in 500 that is one step off (the arithmetic is float32);
+              and on average 1.02 times as far from the oracle as that rounding alone
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def assert_close(merged: Tensor, expected: Expected, inputs: tuple[Tensor, ...],
     dtype = NAMES[merged.dtype]
     values = flat(merged)
     assert values.shape == expected.values.shape, what
-    target = _nearer(values, expected)
+    target = nearer(values, expected)
     once = rounded(target, dtype)
     finite = np.isfinite(once)
     _assert_same(np.isnan(values), np.isnan(once), values, once, f"{what}: NaN elsewhere")
@@ -91,7 +91,8 @@ def _share_contested(expected: Expected) -> float:
     return 1 - float(same.mean()) if len(same) else 0.0
 
 
-def _nearer(values: Array, expected: Expected) -> Array:
+def nearer(values: Array, expected: Expected) -> Array:
+    """Of the outcomes an oracle allows, the one that each element of `values` took."""
     with np.errstate(invalid="ignore"):
         rival = np.abs(values - expected.rival) < np.abs(values - expected.values)
     return np.where(rival, expected.rival, expected.values)

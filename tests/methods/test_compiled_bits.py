@@ -7,6 +7,9 @@ and every parameter in scripts/nightly.
 
 from __future__ import annotations
 
+import fcntl
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,9 +67,11 @@ def compiled(work: Sequence[Work]) -> Cache:
     if (reason := compiler_missing()) is not None:
         pytest.skip(f"NOTHING COMPILED IS TESTED HERE: {reason}")
     cache = default_cache()
-    # One child process compiles them all.
     wanted = dict.fromkeys(pair for each in work for pair in each.programs)
-    failure = cache.build(list(wanted))
+    # One child process compiles them all; the other workers of a parallel run wait for it.
+    with (Path(tempfile.gettempdir()) / f"streammerge-tests-{os.getuid()}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        failure = cache.build(list(wanted))
     assert failure is None, f"compiling failed: {failure}"
     return cache
 

@@ -25,7 +25,6 @@ NAN, INF = float("nan"), float("inf")
 # Parameters, on ordinary tensors.
 PARAMETERS: dict[str, dict[str, Any]] = {
     "density 0": {"density": 0.0},
-    "density below 0": {"density": -0.5},
     "density 1": {"density": 1.0},
     "density above 1": {"density": 2.5},
     "density that keeps one entry": {"density": 1e-9},
@@ -41,6 +40,8 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "all weights negative": {"weight": (-0.7129, -0.4507, -0.3, -0.2)},
     "weights that sum to 0": {"weight": (1.0, -1.0, 0.5, -0.5), "normalize": False},
     "weights that sum to 0 and are normalised": {"weight": (1.0, -1.0, 0.5, -0.5), "normalize": True},
+    # 1 - 2⁻¹⁰: the sum is exact in float32, too.
+    "weights that nearly sum to 0": {"weight": (1.0, -0.9990234375, 0.0, 0.0), "normalize": True},
     "large weights": {"weight": (1e6, 2e6, 1e6, 1e6)},
     "lambda 0": {"lambda": 0.0},
     "negative lambda": {"lambda": -1.2503},
@@ -61,9 +62,7 @@ def replaced(change: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Case], Cas
         first = case.inputs[0]
         if case.base is not None:
             return Case(case.label, first, tuple(change(first, model) for model in case.models), case.parameters)
-        return Case(
-            case.label, None, (first, *(change(first, model) for model in case.models[1:])), case.parameters
-        )
+        return Case(case.label, None, (first, *(change(first, model) for model in case.models[1:])), case.parameters)
 
     return apply
 
@@ -97,8 +96,11 @@ VALUES: dict[str, Callable[[Case], Case]] = {
     "parallel": replaced(lambda first, model: first * 2),
     "antiparallel": replaced(lambda first, model: -first),
     "nearly parallel": replaced(lambda first, model: first + (model - first) / 16),
+    "cosine above 0.9995": replaced(lambda first, model: first + (model - first) * 0.49),
+    "cosine below 0.9995": replaced(lambda first, model: first + (model - first) * 0.7),
     "unlike": replaced(lambda first, model: model.flip(0)),
     "shorter than 1e-8": everywhere(lambda tensor: tensor * 1e-12),
+    "longer than 1e-8": everywhere(lambda tensor: tensor * 1e-7),
     "one short vector": replaced(lambda first, model: model * 1e-12),
     "denormal": everywhere(lambda tensor: tensor * 1e-37),
     "few distinct deltas": replaced(lambda first, model: first + ((model - first) * 1e3).round().clamp(-1, 1) / 1024),

@@ -29,7 +29,9 @@ def tensors_of(specs: Specs) -> dict[str, torch.Tensor]:
 
 @settings(derandomize=True, database=None, deadline=None, max_examples=100)
 @given(
-    sizes=st.lists(st.tuples(st.sampled_from(["F32", "BF16", "U8", "I64"]), st.integers(0, 60)), min_size=1, max_size=12),
+    sizes=st.lists(
+        st.tuples(st.sampled_from(["F32", "BF16", "U8", "I64"]), st.integers(0, 60)), min_size=1, max_size=12
+    ),
     limit=st.integers(1, 400),
 )
 def test_any_split_is_that_of_the_hub(sizes: list[tuple[str, int]], limit: int) -> None:

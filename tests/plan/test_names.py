@@ -45,13 +45,15 @@ def test_layers_are_counted_by_number_not_by_order_of_the_file() -> None:
 
 
 def test_what_lies_before_and_after_the_layers_takes_the_first_value() -> None:
-    positions = gradient_positions(["lm_head.weight", "model.norm.weight", "model.embed_tokens.weight", "model.layers.0.w",
-                                    "model.layers.1.w"])  # fmt: skip
+    positions = gradient_positions(
+        ["lm_head.weight", "model.norm.weight", "model.embed_tokens.weight", "model.layers.0.w", "model.layers.1.w"]
+    )
     assert positions["lm_head.weight"] == positions["model.norm.weight"] == positions["model.embed_tokens.weight"] == 0
 
 
 def test_one_layer_takes_the_last_value() -> None:
-    assert gradient_positions(["model.layers.0.w", "lm_head.weight"]) == {"model.layers.0.w": 1.0, "lm_head.weight": 0.0}
+    positions = gradient_positions(["model.layers.0.w", "lm_head.weight"])
+    assert positions == {"model.layers.0.w": 1.0, "lm_head.weight": 0.0}
 
 
 def test_every_stack_of_layers_has_a_gradient_of_its_own() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -114,23 +115,31 @@ def test_an_unknown_dtype_is_refused_with_the_known_ones(written: str) -> None:
 # What is warned of, and refused under --strict.
 
 
-@pytest.mark.parametrize(
-    ("text", "warning"),
-    [
-        (LINEAR + "dtyp: float32\n", "line 5: dtyp: unknown key, ignored. Did you mean dtype?"),
-        (LINEAR + "zebra: 1\n", "line 5: zebra: unknown key, ignored."),
-        (LINEAR.replace("parameters", "paramaters"), "line 4: models[0].paramaters: unknown key, ignored. "
-                                                     "Did you mean parameters?"),
-        (LINEAR.replace("weight: 1", "weight: 1, weigth: 2"), "line 4: models[0].parameters.weigth: linear has no such "
-                                                              "parameter. Did you mean weight?"),
-        (TIES.replace("weight: 1", "weight: 1, densty: 2"), "line 6: parameters.densty: ties has no such parameter. "
-                                                            "Did you mean density?"),
-        (LINEAR.replace("weight: 1", "weight: 1, normalize: 1"), "line 4: models[0].parameters.normalize: has no effect "
-                                                                 "under one model; write normalize under `parameters:`"),
-    ],
-    ids=["top", "far from any", "model", "parameter of a model", "parameter", "shared under a model"],
-)  # fmt: skip
-def test_what_mergekit_ignores_in_silence_is_a_warning_and_an_error_under_strict(text: str, warning: str) -> None:
+WARNED = {
+    "top": (LINEAR + "dtyp: float32\n", "line 5: dtyp: unknown key, ignored. Did you mean dtype?"),
+    "far from any": (LINEAR + "zebra: 1\n", "line 5: zebra: unknown key, ignored."),
+    "model": (
+        LINEAR.replace("parameters", "paramaters"),
+        "line 4: models[0].paramaters: unknown key, ignored. Did you mean parameters?",
+    ),
+    "parameter of a model": (
+        LINEAR.replace("weight: 1", "weight: 1, weigth: 2"),
+        "line 4: models[0].parameters.weigth: linear has no such parameter. Did you mean weight?",
+    ),
+    "parameter": (
+        TIES.replace("weight: 1", "weight: 1, densty: 2"),
+        "line 6: parameters.densty: ties has no such parameter. Did you mean density?",
+    ),
+    "shared under a model": (
+        LINEAR.replace("weight: 1", "weight: 1, normalize: 1"),
+        "line 4: models[0].parameters.normalize: has no effect under one model; write normalize under `parameters:`",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WARNED)
+def test_what_mergekit_ignores_in_silence_is_a_warning_and_an_error_under_strict(case: str) -> None:
+    text, warning = WARNED[case]
     assert parse(text).warnings == (warning,)
     assert problems(text, strict=True) == [warning]
 
@@ -181,7 +190,7 @@ def test_mistakes_of_form_do_not_hide_mistakes_of_meaning() -> None:
 
 
 def test_two_bad_parameters_of_one_model_are_both_named() -> None:
-    text = "merge_method: ties\nbase_model: b\nmodels:\n- model: a\n  parameters:\n    weight: null\n    density: null\n"
+    text = TIES.replace("- model: b", "- {model: b, parameters: {weight: null, density: null}}")
     found = " ".join(problems(text))
     assert "weight: expected" in found
     assert "density: expected" in found
@@ -213,7 +222,8 @@ def test_what_is_no_yaml_is_refused_with_the_line(text: str, problem: str) -> No
 
 def test_a_scalar_that_yaml_cannot_build_is_refused_like_other_mistakes() -> None:
     # PyYAML raises ValueError, KeyError or AttributeError for these, no error of its own.
-    for value in ("2024-02-30", "2024-01-01T25:00:00Z", "0b_", "!!int x", "!!float x", "!!bool x", "!!timestamp x", "9" * 5000):
+    tagged = [f"!!{tag} x" for tag in ("int", "float", "bool", "timestamp")]
+    for value in ("2024-02-30", "2024-01-01T25:00:00Z", "0b_", "9" * 5000, *tagged):
         assert problems(LINEAR + f"dtype: {value}\n")
 
 
@@ -225,7 +235,7 @@ def test_a_key_given_twice_is_refused_with_its_line() -> None:
 def test_an_alias_bomb_is_refused_at_once() -> None:
     letters = "abcdefghij"
     bomb = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
-        f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n" for old, new in zip(letters, letters[1:], strict=False)
+        f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n" for old, new in pairwise(letters)
     )
     began = time.perf_counter()
     assert problems(bomb) == ["more than 200000 values; this is no recipe"]
@@ -266,28 +276,30 @@ def test_a_huge_or_binary_recipe_is_refused(tmp_path: Path) -> None:
         load_recipe(path)
 
 
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        ("models: []\n", "line 1: merge_method: is missing"),
-        ("merge_method: 5\nmodels: []\n", "line 1: merge_method: expected text, found 5"),
-        ("merge_method: linear\n", "line 1: models: list at least one model"),
-        ("merge_method: linear\nmodels: []\n", "line 2: models: list at least one model"),
-        ("merge_method: linear\nmodels:\n", "line 2: models: expected a list, found None"),
-        ("merge_method: linear\nmodels: {model: a}\n", "line 2: models: expected a list, found {'model': 'a'}"),
-        ("merge_method: linear\nmodels:\n- a\n", "line 3: models[0]: expected a map, found 'a'"),
-        ("merge_method: linear\nmodels:\n- parameters: {}\n", "line 3: models[0].model: is missing"),
-        (LINEAR.replace("{weight: 1}", "[weight]"), "line 4: models[0].parameters: expected a map from parameter names "
-                                                    "to values"),
-        (LINEAR.replace("weight: 1", "weight: null"), "line 4: models[0].parameters: weight: expected a number, true or "
-                                                      "false, found None"),
-        (LINEAR.replace("weight: 1", "weight: [1, {value: 2}]"), "line 4: models[0].parameters: weight: a list holds "
-                                                                 "either numbers or {filter, value} mappings, not both"),
-    ],
-    ids=range(11),
-)  # fmt: skip
-def test_a_mistake_of_form_is_refused_with_place_and_expectation(text: str, problem: str) -> None:
-    assert problems(text) == [problem]
+FORMS = {
+    "models: []\n": "line 1: merge_method: is missing",
+    "merge_method: 5\nmodels: []\n": "line 1: merge_method: expected text, found 5",
+    "merge_method: linear\n": "line 1: models: list at least one model",
+    "merge_method: linear\nmodels: []\n": "line 2: models: list at least one model",
+    "merge_method: linear\nmodels:\n": "line 2: models: expected a list, found None",
+    "merge_method: linear\nmodels: {model: a}\n": "line 2: models: expected a list, found {'model': 'a'}",
+    "merge_method: linear\nmodels:\n- a\n": "line 3: models[0]: expected a map, found 'a'",
+    "merge_method: linear\nmodels:\n- parameters: {}\n": "line 3: models[0].model: is missing",
+    LINEAR.replace("{weight: 1}", "[weight]"): (
+        "line 4: models[0].parameters: expected a map from parameter names to values"
+    ),
+    LINEAR.replace("weight: 1", "weight: null"): (
+        "line 4: models[0].parameters: weight: expected a number, true or false, found None"
+    ),
+    LINEAR.replace("weight: 1", "weight: [1, {value: 2}]"): (
+        "line 4: models[0].parameters: weight: a list holds either numbers or {filter, value} mappings, not both"
+    ),
+}
+
+
+@pytest.mark.parametrize("text", FORMS)
+def test_a_mistake_of_form_is_refused_with_place_and_expectation(text: str) -> None:
+    assert problems(text) == [FORMS[text]]
 
 
 def test_an_unknown_method_far_from_any_other_gets_the_list() -> None:
@@ -305,7 +317,8 @@ def test_a_missing_base_is_refused(method: str) -> None:
     [
         ("merge_method: slerp\nbase_model: b\nmodels: [{model: a}, {model: c}]\n",
          "slerp merges 1 model besides the base, found 2"),
-        ("merge_method: slerp\nbase_model: b\nmodels: [{model: b}]\n", "slerp merges 1 model besides the base, found 0"),
+        ("merge_method: slerp\nbase_model: b\nmodels: [{model: b}]\n",
+         "slerp merges 1 model besides the base, found 0"),
         ("merge_method: passthrough\nmodels: [{model: a}, {model: c}]\n", "passthrough merges 1 model, found 2"),
         ("merge_method: passthrough\nbase_model: b\nmodels: [{model: a}]\n", "passthrough merges 1 model, found 2"),
     ],
@@ -334,7 +347,9 @@ def test_a_damaged_recipe_is_read_or_refused_and_never_crashes(data: st.DataObje
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(0, len(text)))
         cut = data.draw(st.integers(0, 3))
-        new = data.draw(st.sampled_from(list("{}[]:,-#&*!|>'\"%@` \n\t?1") + ["a: b\n", "- ", "<<: ", "&a ", "*a", "null"]))
+        new = data.draw(
+            st.sampled_from([*list("{}[]:,-#&*!|>'\"%@` \n\t?1"), "a: b\n", "- ", "<<: ", "&a ", "*a", "null"])
+        )
         text = text[:place] + new + text[place + cut :]
     try:
         parse(text)

@@ -52,7 +52,9 @@ def test_a_gradient_follows_the_formula_and_hits_its_ends(values: list[float], p
     assert value_at(setting, "x", position, WEIGHT) == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
-@pytest.mark.parametrize(("position", "expected"), [(0.0, True), (0.49, True), (0.5, False), (0.99, False), (1.0, True)])
+@pytest.mark.parametrize(
+    ("position", "expected"), [(0.0, True), (0.49, True), (0.5, False), (0.99, False), (1.0, True)]
+)
 def test_booleans_step_along_a_gradient(position: float, expected: bool) -> None:
     assert value("[true, false, true]", param=FLAG, position=position) is expected
 
@@ -74,12 +76,12 @@ def test_numbers_without_a_dot_are_text_to_yaml_and_numbers_to_us() -> None:
 
 @pytest.mark.parametrize("text", ["foo", "''", ".nan", ".inf", "-.inf", "1e999", "'nan'"])
 def test_what_is_no_finite_number_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="expected a (finite )?number, found"):
+    with pytest.raises(ValueError, match=r"expected a (finite )?number, found"):
         value(text)
 
 
 def test_an_integer_too_large_for_any_float_is_refused_with_a_sentence() -> None:
-    with pytest.raises(ValueError, match="expected a (finite )?number"):
+    with pytest.raises(ValueError, match=r"expected a (finite )?number"):
         value("9" * 400)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -151,14 +153,15 @@ def test_a_tensor_in_two_files_is_refused(tmp_path: Path, indexed: bool) -> None
 
 
 @pytest.mark.parametrize(
-    "name", ["../model.safetensors", "/etc/passwd", "a/../../b", "..", "", "/", "x/..", "a\0b", "sub/../../../etc/passwd"]
+    "name",
+    ["../model.safetensors", "/etc/passwd", "a/../../b", "..", "", "/", "x/..", "a\0b", "sub/../../../etc/passwd"],
 )
 def test_an_index_that_leaves_its_directory_is_refused(tmp_path: Path, name: str) -> None:
     save_model(tmp_path, TENSORS)
     path = tmp_path / "model"
     path.mkdir()
     write_index(path, {"a": name})
-    with pytest.raises(InputError, match="outside its own directory. Refused"):
+    with pytest.raises(InputError, match=r"outside its own directory. Refused"):
         open_checkpoint(path)
 
 
@@ -223,7 +226,9 @@ def test_a_directory_with_pickles_only_gets_a_hint(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04" + bytes(100), b"GGUF" + bytes(100), b"hello, world, how are you?"])
+@pytest.mark.parametrize(
+    "content", [b"", b"PK\x03\x04" + bytes(100), b"GGUF" + bytes(100), b"hello, world, how are you?"]
+)
 def test_a_file_of_another_kind_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.bin"
     path.write_bytes(content)
@@ -235,6 +240,28 @@ def test_a_directory_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").mkdir()
     with pytest.raises(InputError, match=r"model\.safetensors: cannot be read: Is a directory"):
         open_checkpoint(tmp_path)
+
+
+def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    pipe = tmp_path / "model.safetensors"
+    os.mkfifo(pipe)
+    refused: list[InputError] = []
+
+    def open_it() -> None:
+        try:
+            open_checkpoint(tmp_path)
+        except InputError as error:
+            refused.append(error)
+
+    thread = threading.Thread(target=open_it)
+    thread.start()
+    thread.join(timeout=1)
+    waited = thread.is_alive()
+    if waited:
+        os.close(os.open(pipe, os.O_WRONLY))  # lets it go
+        thread.join()
+    assert refused
+    assert not waited
 
 
 def test_a_file_without_tensors_is_refused(tmp_path: Path) -> None:

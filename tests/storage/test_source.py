@@ -76,8 +76,10 @@ def test_every_mode_reads_the_same_bytes_at_odd_places(
             places = [(0, 1), (0, end), (1, end - 1), (end - 1, 1), (4095, 2), (4096, 4096), (4097, 1), (511, 513),
                       (end - 1234, 1234), (0, 0), (end, 0), (8 << 20, 4096), ((8 << 20) - 1, 4098)]  # fmt: skip
             for offset, length in places:
-                if 0 <= offset and offset + length <= end:
-                    assert read(source, file, offset, length, keep_cached=keep_cached) == whole[offset : offset + length]
+                if offset >= 0 and offset + length <= end:
+                    assert (
+                        read(source, file, offset, length, keep_cached=keep_cached) == whole[offset : offset + length]
+                    )
 
 
 @settings(derandomize=True, database=None, deadline=None, max_examples=60)
@@ -227,7 +229,9 @@ def test_a_lasting_fault_is_an_input_error_with_file_and_byte(
     with opened(checkpoint, mode) as source:
         faults = Faults(range(1000), errno.EIO)
         patch_reads(monkeypatch, faults.wrap)
-        with pytest.raises(InputError, match=r"model\.safetensors: reading at byte 100 failed: Input/output error") as caught:
+        with pytest.raises(
+            InputError, match=r"model\.safetensors: reading at byte 100 failed: Input/output error"
+        ) as caught:
             read(source, 0, 100, 1000)
         assert caught.value.exit_code == 4
         assert faults.calls == 2
@@ -254,7 +258,9 @@ def test_a_file_that_ends_early_is_called_truncated(tmp_path: Path, mode: Mode) 
             read(source, 0, 100, size - 100)
 
 
-def test_a_file_replaced_during_a_fault_is_noticed_by_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_replaced_during_a_fault_is_noticed_by_its_header(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint = small_checkpoint(tmp_path)
     path = checkpoint.file_path(0)
     with opened(checkpoint, "buffered") as source:

@@ -1,0 +1,124 @@
+"""Small merges worked out by hand: where the code and its oracle could be wrong together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from streammerge.methods import METHODS
+from tests.methods.cases import Case, make, merge
+
+
+def merged(tmp_path: Path, name: str, base: list[float] | None, *models: list[float], **parameters: Any) -> list[float]:
+    """The float32 result of merging a few numbers."""
+    case = Case(
+        "by hand", None if base is None else torch.tensor(base), tuple(torch.tensor(x) for x in models), parameters
+    )
+    _, tensors = merge(make(tmp_path, METHODS[name], [case]), tmp_path / "out")
+    (tensor,) = tensors.values()
+    values: list[float] = tensor.tolist()
+    return values
+
+
+def test_linear(tmp_path: Path) -> None:
+    assert merged(tmp_path, "linear", None, [1.0, 2.0], [5.0, 6.0], weight=(1.0, 3.0)) == [4.0, 5.0]
+
+
+def test_linear_not_normalised(tmp_path: Path) -> None:
+    assert merged(tmp_path, "linear", None, [1.0], [5.0], weight=(1.0, 3.0), normalize=False) == [16.0]
+
+
+def test_passthrough(tmp_path: Path) -> None:
+    assert merged(tmp_path, "passthrough", None, [1.0, -3.0], scale=(0.5,)) == [0.5, -1.5]
+
+
+def test_task_arithmetic(tmp_path: Path) -> None:
+    found = merged(tmp_path, "task_arithmetic", [1.0, 1.0], [2.0, 1.0], [1.0, -1.0], weight=(0.5, 2.0))
+    assert found == [1.5, -3.0]
+
+
+def test_task_arithmetic_normalised_with_lambda(tmp_path: Path) -> None:
+    found = merged(tmp_path, "task_arithmetic", [1.0], [2.0], [4.0], weight=(1.0, 3.0), normalize=True, **{"lambda": 2})
+    # Δ = 1 and 3, their weighted mean 2.5.
+    assert found == [6.0]
+
+
+def test_task_arithmetic_does_not_divide_by_a_sum_of_weights_below_1e_8(tmp_path: Path) -> None:
+    weights = (1.0, -1.0 + 2.0**-27)
+    assert merged(tmp_path, "task_arithmetic", [0.0], [3.0], [0.0], weight=weights, normalize=True) == [3.0]
+
+
+def test_slerp_between_orthogonal_vectors(tmp_path: Path) -> None:
+    found = merged(tmp_path, "slerp", [2.0, 0.0], [0.0, 3.0], t=1 / 3)
+    # sin 60° and sin 30°, on the vectors as they are.
+    assert found == pytest.approx([3**0.5, 1.5])
+
+
+def test_slerp_between_parallel_vectors_is_linear(tmp_path: Path) -> None:
+    assert merged(tmp_path, "slerp", [1.0, 2.0], [3.0, 6.0], t=0.5) == [2.0, 4.0]
+
+
+def test_slerp_between_opposite_vectors_is_linear(tmp_path: Path) -> None:
+    assert merged(tmp_path, "slerp", [1.0, 2.0], [-1.0, -2.0], t=0.25) == [0.5, 1.0]
+
+
+def test_ties(tmp_path: Path) -> None:
+    found = merged(tmp_path, "ties", [0.0] * 4, [3.0, -2.0, 1.0, 0.0], [-1.0, -4.0, 2.0, 5.0],
+                   weight=(1.0, 1.0), density=0.5)  # fmt: skip
+    # Trimmed: [3, -2, 0, 0] and [0, -4, 0, 5].
+    assert found == [3.0, -3.0, 0.0, 5.0]
+
+
+def test_ties_elects_by_weight_and_averages_who_agrees(tmp_path: Path) -> None:
+    found = merged(tmp_path, "ties", [1.0, 1.0], [4.0, 2.0], [-1.0, -2.0], weight=(2.0, 1.0))
+    # Votes 6 - 2 and 2 - 3: the first model wins one, the second the other.
+    assert found == [4.0, -2.0]
+
+
+def test_ties_takes_an_even_vote_for_positive(tmp_path: Path) -> None:
+    assert merged(tmp_path, "ties", [0.0], [1.0], [-2.0], weight=(2.0, 1.0)) == [1.0]
+
+
+def test_ties_keeps_the_first_of_equal_magnitudes(tmp_path: Path) -> None:
+    found = merged(tmp_path, "ties", [0.0] * 6, [-1.0, 2.0, 1.0, 1.0, -2.0, 1.0], weight=(1.0,), density=0.7)
+    # int(0.7 · 6) = 4: both twos, and the first two of the ones.
+    assert found == [-1.0, 2.0, 1.0, 0.0, -2.0, 0.0]
+
+
+def test_ties_not_normalised_adds_up_who_agrees(tmp_path: Path) -> None:
+    found = merged(
+        tmp_path, "ties", [0.0], [1.0], [3.0], [-1.0], weight=(1.0, 0.5, 1.0), normalize=False, **{"lambda": 2}
+    )
+    assert found == [5.0]
+
+
+def test_ties_rescaled_keeps_the_sum_of_magnitudes(tmp_path: Path) -> None:
+    found = merged(tmp_path, "ties", [0.0] * 4, [3.0, 1.0, 0.5, -0.5], weight=(1.0,), density=0.25, rescale=True)
+    assert found == pytest.approx([5.0, 0.0, 0.0, 0.0])
+
+
+@pytest.mark.parametrize("name", ["dare_linear", "dare_ties"])
+def test_dare_changes_some_elements_and_keeps_the_sum_of_magnitudes(tmp_path: Path, name: str) -> None:
+    found = merged(tmp_path, name, [1.0] * 1000, [1.5] * 1000, weight=(1.0,), density=0.4)
+    changed = [value for value in found if value != 1.0]
+    assert 320 < len(changed) < 480
+    assert len(set(changed)) == 1
+    assert changed[0] - 1 == pytest.approx(0.5 * 1000 / len(changed))
+
+
+@pytest.mark.parametrize("name", ["dare_linear", "dare_ties"])
+def test_dare_without_rescale_only_drops(tmp_path: Path, name: str) -> None:
+    found = merged(tmp_path, name, [1.0] * 1000, [1.5] * 1000, weight=(1.0,), density=0.4, rescale=False)
+    assert set(found) == {1.0, 1.5}
+
+
+@pytest.mark.parametrize(("dtype", "bit"), [("bfloat16", 8), ("float16", 11)])
+def test_a_float64_is_rounded_once(tmp_path: Path, dtype: str, bit: int) -> None:
+    # Just above the middle between 1 and the next number, by less than a float32 can tell.
+    value = torch.tensor([1 + 2.0**-bit + 2.0**-40], dtype=torch.float64)
+    made = make(tmp_path, METHODS["passthrough"], [Case("middle", None, (value,))], dtype=dtype)
+    _, tensors = merge(made, tmp_path / "out")
+    assert [tensor.item() for tensor in tensors.values()] == [1 + 2.0 ** (1 - bit)]
