@@ -27,7 +27,7 @@ from streammerge.plan.budget import SCRATCH_BLOCKS, Schedule, stays
 from streammerge.plan.plan import Plan, TensorPlan
 from streammerge.run.arena import Area, Arena
 from streammerge.run.journal import Done
-from streammerge.run.lane import Lane, Merged
+from streammerge.run.lane import Lane, Merged, scan
 from streammerge.run.pipeline import ReadAhead, Tile, WriteBehind, read_elements, tile_dtypes
 from streammerge.storage.source import Source
 
@@ -73,6 +73,7 @@ class Engine:
 
     def _copy(self, tensor: TensorPlan, tiles: list[Tile]) -> None:
         self._read_ahead()
+        seen: list[Merged] = []
         for tile in tiles:
             self._get(tile)
             for other in tile.inputs[1:]:
@@ -82,7 +83,8 @@ class Engine:
                         f"{tensor.name}: its integers ({tensor.dtype}) differ between inputs, and integers are only "
                         f"copied. Give the models the same ones, or leave one of them out."
                     )
-            self._put(tile, tile.inputs[0], None)
+            seen.append(scan(tile.inputs[0], tensor.dtype, tile.elements))
+            self._put(tile, tile.inputs[0], seen)
 
     def _merge(self, tensor: TensorPlan, tiles: list[Tile]) -> None:
         plan = self._plan
@@ -192,20 +194,20 @@ class Engine:
         except InputError as error:
             raise InputError(f"{error} (tensor {tile.tensor.name})") from error
 
-    def _put(self, tile: Tile, area: Area, merged: list[Merged] | None) -> None:
+    def _put(self, tile: Tile, area: Area, merged: list[Merged]) -> None:
         """Hand a tile's bytes to the writer; with the last tile, what the journal will say."""
         tensor = tile.tensor
         last = tile.start + tile.elements == tensor.elements
 
         def finish(checksum: str) -> Done:
-            inputs, output = _add_counts(merged or [])
+            inputs, output = _add_counts(merged)
             return Done(tensor.name, checksum, inputs, output)
 
         self._writer.put(
             tensor,
             area.bytes[: tile.elements * area.itemsize],
             tensor.offset + tile.start * area.itemsize,
-            ready=merged[-1].ready if merged else _nothing,
+            ready=merged[-1].ready,
             release=lambda: self._reader.release(tile),
             finish=finish if last else None,
         )

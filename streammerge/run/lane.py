@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from streammerge.base.dtypes import DTYPES
 from streammerge.kernels.compiled import Run, Signature, eager
 from streammerge.kernels.contract import Arguments, Look, Program
 from streammerge.run.arena import Area
@@ -56,6 +57,19 @@ class Lane(Protocol):
 
     def close(self) -> None:
         """Give up threads and device memory."""
+
+
+def scan(area: Area, dtype: str, elements: int) -> Merged:
+    """A tile that is copied: `ready` counts what is not finite in it, where that can be."""
+    counts: list[int] = []
+
+    def ready() -> None:
+        if DTYPES[dtype].kind == "float" and not counts:
+            values = area.tensor.view(-1)[:elements]
+            # x - x is 0 for every finite x and NaN otherwise: any() is the quickest look there is.
+            counts.append(int(count_nonfinite(area.tensor, elements)) if bool((values - values).any()) else 0)
+
+    return Merged(ready, lambda: ([counts[0]], counts[0]) if counts and counts[0] else ([], 0))
 
 
 def count_nonfinite(tensor: Tensor, elements: int) -> Tensor:

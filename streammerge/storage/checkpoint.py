@@ -103,8 +103,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def open_file(path: Path) -> tuple[Header, os.stat_result]:
     """Header and status of one safetensors file. Raises InputError, naming the file."""
-    if not _is(path, stat.S_ISREG):
-        raise InputError(f"{path}: cannot be read: {'it is no regular file' if path.exists() else 'it is not there'}.")
+    if _is(path, stat.S_ISFIFO):
+        raise InputError(f"{path}: cannot be read: it is a pipe.")
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())

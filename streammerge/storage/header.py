@@ -126,9 +126,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(text: str) -> int:
-    # -0 is an integer to Python; the library refuses every sign.
-    if text.startswith("-"):
-        raise _Refused(f"its header holds the negative number {text[:20]}")
+    # To Python that is 0; the library refuses every sign.
+    if text == "-0":
+        raise _Refused("its header holds -0")
     return int(text)
 
 

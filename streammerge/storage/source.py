@@ -26,8 +26,8 @@ class Source:
         """Open every file and check that it is still the one whose header was read. Raises InputError."""
         self.checkpoint = checkpoint
         self._mode = mode
-        # Each file its own: a shard may be a link to another file system.
-        self._modes: list[Mode] = []
+        # The way each file is read: its own, as a shard may be a link to another file system.
+        self.modes: list[Mode] = []
         self._bounce = threading.local()
         self._descriptors: list[int] = []
         try:
@@ -43,7 +43,7 @@ class Source:
         `keep_cached` leaves them in the page cache for a later pass. Raises InputError when the file ends early or
         cannot be read.
         """
-        read = self._read_direct if self._modes[file] == "direct" else self._read_plain
+        read = self._read_direct if self.modes[file] == "direct" else self._read_plain
         done = 0
         while done < len(buffer):
             try:
@@ -76,7 +76,7 @@ class Source:
 
     def _read_plain(self, file: int, buffer: memoryview, offset: int, keep_cached: bool) -> int:
         descriptor = self._descriptors[file]
-        if self._modes[file] == "dontcache" and not keep_cached:
+        if self.modes[file] == "dontcache" and not keep_cached:
             return os.preadv(descriptor, [buffer], offset, RWF_DONTCACHE)
         count = os.preadv(descriptor, [buffer], offset)
         if not keep_cached:
@@ -99,9 +99,9 @@ class Source:
     def _open(self, number: int) -> int:
         path = self.checkpoint.file_path(number)
         try:
-            if number == len(self._modes):
-                self._modes.append(self._mode or reading_mode(path))
-            flags = os.O_RDONLY | (os.O_DIRECT if self._modes[number] == "direct" else 0)
+            if number == len(self.modes):
+                self.modes.append(self._mode or reading_mode(path))
+            flags = os.O_RDONLY | (os.O_DIRECT if self.modes[number] == "direct" else 0)
             descriptor = os.open(path, flags)
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}.") from error

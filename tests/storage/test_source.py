@@ -125,7 +125,7 @@ def test_the_mode_is_found_by_trying(checkpoint: Checkpoint) -> None:
     mode = reading_mode(checkpoint.file_path(0))
     assert mode in MODES
     with opened(checkpoint) as source:
-        assert source.mode == mode
+        assert source.modes[0] == mode
 
 
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EINVAL])
@@ -141,7 +141,7 @@ def test_a_file_system_without_dontcache_gets_another_mode(
 
     monkeypatch.setattr(os, "preadv", preadv)
     with opened(checkpoint) as source:
-        assert source.mode in ("direct", "buffered")
+        assert source.modes[0] in ("direct", "buffered")
         assert read(source, 0, 17, 5000) == content[0][17:5017]
 
 
