@@ -336,13 +336,13 @@ def test_a_partial_file_that_is_not_ours_survives(recipe: Path, out: Path) -> No
 
 
 def test_a_plan_that_names_files_elsewhere_removes_nothing_there(out: Path, tmp_path: Path) -> None:
-    names = ["../precious", "/precious", "sub/precious", "..", ".", "", "precious\0"]
-    write(tmp_path / "precious")
-    write(out / "sub" / "precious")
-    write(out / WORK_FOLDER / "plan.json", json.dumps({"digest": "x", "shards": names}))
+    names = ["../precious", "/precious", "sub/precious", "..", ".", "", "precious\0", WORK_FOLDER]
+    others = [tmp_path / "precious", tmp_path / "out.partial", out / "sub" / "precious", out / "sub.partial"]
+    for other in others:
+        write(other)
+    write(out / WORK_FOLDER / "plan.json", json.dumps({"digest": "x", "files": names, "shards": names}))
     clean(out, remove=True)
-    assert (tmp_path / "precious").exists()
-    assert (out / "sub" / "precious").exists()
+    assert all(other.exists() for other in others)
 
 
 def test_restart_throws_the_work_of_another_plan_away(recipe: Path, out: Path, tmp_path: Path) -> None:
@@ -375,14 +375,32 @@ def test_restart_over_a_damaged_plan_leaves_no_shard_of_it(recipe: Path, out: Pa
     assert content_of(out) == content_of(tmp_path / "fresh")
 
 
-def test_clean_in_the_last_moment_does_not_leave_an_out_that_seems_finished(recipe: Path, out: Path) -> None:
-    # Stopped after the manifest was written and before the work folder was removed; then cleaned; then run again.
+@pytest.mark.parametrize("record", ["sound", "gone", "damaged"])
+def test_clean_in_the_last_moment_does_not_leave_an_out_that_seems_finished(
+    recipe: Path, out: Path, record: str
+) -> None:  # fmt: skip
+    # Stopped after the manifest was written and before the work folder was all removed; then cleaned; then run again.
     merge(recipe, out)
     expected = content_of(out)
     before_the_end(out, plan_of(recipe))
+    if record == "gone":
+        (out / WORK_FOLDER / "plan.json").unlink()
+    elif record == "damaged":
+        (out / WORK_FOLDER / "plan.json").write_text("{")
     clean(out, remove=True)
     try:
         merge(recipe, out)
     except OutputError:
         return
     assert content_of(out) == expected
+
+
+def test_a_stop_while_the_work_folder_is_removed_ends_with_the_same_bytes(recipe: Path, out: Path) -> None:
+    merge(recipe, out)
+    expected = content_of(out)
+    for gone in (["plan.json"], ["journal"], ["plan.json", "journal"], ["plan.json", "journal", "lock"]):
+        before_the_end(out, plan_of(recipe))
+        for name in gone:
+            (out / WORK_FOLDER / name).unlink()
+        merge(recipe, out)
+        assert content_of(out) == expected
