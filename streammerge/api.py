@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from streammerge.base.units import parse_size
+from streammerge.base.units import parse_shard_size, parse_size
 from streammerge.plan.budget import Schedule
 from streammerge.plan.layout import DEFAULT_SHARD_BYTES
 from streammerge.plan.plan import Plan
@@ -16,7 +16,8 @@ from streammerge.run.check import verify as _verify
 from streammerge.run.compiling import Compile
 from streammerge.run.inspection import Inspection
 from streammerge.run.inspection import inspect as _inspect
-from streammerge.run.merge import Options, Report, Status, make_plan
+from streammerge.run.merge import Options, Report, Status
+from streammerge.run.merge import make_plan as _make_plan
 from streammerge.run.merge import merge as _merge
 
 PathLike = str | os.PathLike[str]
@@ -58,16 +59,16 @@ def merge(
 
     Sizes are bytes or text like "24GB". `note` is called with what the user should know. Raises StreamMergeError.
     """
-    options = Options(_size(max_memory), _size(max_gpu_memory), device, threads, _size(out_shard_size) or 0, compile,
+    options = Options(_size(max_memory), _size(max_gpu_memory), device, threads, _shard_size(out_shard_size), compile,
                       seed, restart, strict)  # fmt: skip
     return _merge(Path(recipe), Path(out), options, _Silent(note))
 
 
-def plan(
+def make_plan(
     recipe: PathLike, *, out_shard_size: str | int = DEFAULT_SHARD_BYTES, seed: int = 0, strict: bool = False
 ) -> Plan:
     """The plan of `recipe`, from headers alone. Raises StreamMergeError."""
-    return make_plan(Path(recipe), Options(shard_bytes=_size(out_shard_size) or 0, seed=seed, strict=strict))
+    return _make_plan(Path(recipe), Options(shard_bytes=_shard_size(out_shard_size), seed=seed, strict=strict))
 
 
 def verify(out: PathLike) -> Verdict:
@@ -78,6 +79,10 @@ def verify(out: PathLike) -> Verdict:
 def inspect(path: PathLike) -> Inspection:
     """What the checkpoint at `path` holds. Raises InputError."""
     return _inspect(Path(path).expanduser())
+
+
+def _shard_size(size: str | int) -> int:
+    return parse_shard_size(size) if isinstance(size, str) else size
 
 
 def _size(size: str | int | None) -> int | None:

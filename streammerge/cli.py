@@ -119,7 +119,7 @@ def plan(
         if as_json:
             terminal.document(report.plan_json(made, schedule, seconds, side_files))
         else:
-            for warning in made.recipe.warnings:
+            for warning in made.warnings:
                 terminal.note(f"{recipe}: {warning}")
             terminal.rows("plan", report.plan_rows(made, schedule, seconds, side_files))
 

@@ -50,7 +50,7 @@ def plan_json(plan: Plan, schedule: Schedule, seconds: float, side_files: list[s
         "base": plan.recipe.base.model if plan.recipe.base else None,
         "models": [source.model for source in plan.recipe.models],
         "seed": plan.seed,
-        "warnings": list(plan.recipe.warnings),
+        "warnings": list(plan.warnings),
         "side_files": side_files,
         "schedule": {
             **asdict(schedule),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import streammerge
-from streammerge.api import plan
+from streammerge.api import make_plan
 from tests.models import make_models, write_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,4 +31,4 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 def test_the_shard_size_of_mergekit_means_the_same_from_python(tmp_path: Path) -> None:
     _, model = make_models(tmp_path, 1)
     recipe = write_recipe(tmp_path / "r.yaml", "linear", [model], per_model={"weight": 1.0})
-    assert len(plan(recipe, out_shard_size="5B").shards) == 1
+    assert len(make_plan(recipe, out_shard_size="5B").shards) == 1

@@ -19,7 +19,7 @@ from streammerge.base.errors import RecipeError, ShapeMismatch
 from streammerge.kernels.contract import Method, Param, Settings, Value
 from streammerge.plan.layout import ShardLayout, lay_out
 from streammerge.plan.names import gradient_positions
-from streammerge.plan.recipe import Recipe
+from streammerge.plan.recipe import Recipe, nearest
 from streammerge.plan.setting import Setting, value_at
 from streammerge.storage.checkpoint import Checkpoint, TensorSpec
 
@@ -69,6 +69,7 @@ class Plan:
     shards: tuple[ShardLayout, ...]
     seed: int
     facts: dict[str, Any]
+    warnings: tuple[str, ...]
 
     @property
     def method(self) -> Method:
@@ -95,8 +96,9 @@ class Plan:
         return self.method.passes(tensor.settings, all(DTYPES[spec.dtype].bits == 16 for spec in tensor.inputs))
 
 
-def build_plan(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, seed: int, shard_bytes: int) -> Plan:
-    """The plan of `recipe` over its checkpoints (one per `recipe.inputs`, in that order).
+def build_plan(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, seed: int, shard_bytes: int,
+               strict: bool = False) -> Plan:  # fmt: skip
+    """The plan of `recipe` over its checkpoints (one per `recipe.inputs`, in that order). `strict`: no warnings pass.
 
     Raises ShapeMismatch when only shapes disagree, RecipeError for everything else; both name every tensor (the first
     ten) that is wrong.
@@ -109,6 +111,9 @@ def build_plan(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, seed: int, 
     _check_shapes(recipe, checkpoints)
     _check_dtypes(recipe, checkpoints)
 
+    unmatched = _unmatched_filters(recipe, names)
+    if strict and unmatched:
+        raise RecipeError(str(recipe.path), unmatched)
     settings = _resolve_settings(recipe, names)
     drafts: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name in names:
@@ -120,7 +125,8 @@ def build_plan(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, seed: int, 
         for number, shard in enumerate(shards)
         for entry in shard.entries
     )
-    return Plan(recipe, tuple(checkpoints), tensors, shards, seed, _facts(recipe, checkpoints, tensors, shards, seed))
+    facts = _facts(recipe, checkpoints, tensors, shards, seed)
+    return Plan(recipe, tuple(checkpoints), tensors, shards, seed, facts, (*recipe.warnings, *unmatched))
 
 
 def _tensor_plan(recipe: Recipe, checkpoints: Sequence[Checkpoint], settings: Settings, name: str, dtype: str,
@@ -202,6 +208,24 @@ def _check_dtypes(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> None:
         raise RecipeError(str(recipe.path), _shorten(problems))
 
 
+def _unmatched_filters(recipe: Recipe, names: Sequence[str]) -> list[str]:
+    """A sentence for every filter that no tensor's name contains."""
+    groups = [recipe.parameters, *(source.parameters for source in recipe.models)]
+    filters = [
+        (name, entry.filter)
+        for parameters in groups
+        for name, setting in parameters.items()
+        for entry in setting
+        if entry.filter not in (None, "*")
+    ]
+    parts = sorted({part for name in names for part in name.split(".")})
+    return [
+        f"{name}: the filter {text!r} matches no tensor.{nearest(text, parts)}"
+        for name, text in dict.fromkeys(filters)
+        if text is not None and not any(text in tensor for tensor in names)
+    ]
+
+
 def _resolve_settings(recipe: Recipe, names: Sequence[str]) -> dict[str, Settings]:
     """The parameters of every tensor. Raises RecipeError."""
     positions = gradient_positions(names)
@@ -246,6 +270,7 @@ def _finder(recipe: Recipe, param: Param) -> Finder:
                     value = value_at(setting, name, position, param)
                 except ValueError as error:
                     problems[f"{param.name}: {error}"] = None
+                    value = 0.0  # goes on to find the other problems
                 if value is not None:
                     break
             if value is None:

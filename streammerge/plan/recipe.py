@@ -270,14 +270,14 @@ class _Checks:
             if not place and key in _LATER:
                 self._problem((key,), "this part of mergekit's language is still to come; it cannot be merged yet")
             else:
-                self._warn((*place, key), f"unknown key, ignored.{_nearest(key, known)}")
+                self._warn((*place, key), f"unknown key, ignored.{nearest(key, known)}")
 
     def _reference(self, model: str, place: Place) -> None:
         if "+" in model and not _exists(_expanded(model)):
             self._problem(place, f"{model!r} names an adapter after `+`; adapters are still to come. Merge it first")
 
     def _nearest_method(self) -> str:
-        return _nearest(self._document.merge_method, list(METHODS)) or f" There are {', '.join(METHODS)}."
+        return nearest(self._document.merge_method, list(METHODS)) or f" There are {', '.join(METHODS)}."
 
     def _parameters(self, method: Method) -> None:
         shared = {param.name for param in method.params if not param.per_model}
@@ -287,7 +287,7 @@ class _Checks:
         for place, parameters in groups:
             for name in parameters:
                 if name not in known:
-                    self._warn((*place, name), f"{method.name} has no such parameter.{_nearest(name, known)}")
+                    self._warn((*place, name), f"{method.name} has no such parameter.{nearest(name, known)}")
                 elif name in shared and place[0] == "models":
                     self._warn((*place, name), f"has no effect under one model; write {name} under `parameters:`")
 
@@ -314,7 +314,8 @@ class _Checks:
                                        f"found {models}")  # fmt: skip
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: list[str]) -> str:
+    """A question after the most similar of the `known` names, or nothing."""
     near = difflib.get_close_matches(name, known, n=1)
     return f" Did you mean {near[0]}?" if near else ""
 

@@ -44,7 +44,10 @@ def verify(out: Path) -> Verdict:
         nbytes += status.st_size
         for entry in header.entries:
             hashing = xxhash.xxh3_128()
-            hash_range(path, entry.start, entry.nbytes, hashing.update, buffer)
+            try:
+                hash_range(path, entry.start, entry.nbytes, hashing.update, buffer)
+            except InputError as error:
+                problems.append(f"{error} (tensor {entry.name})")
             tensors += 1
             checksum = expected.pop(entry.name, None)
             if checksum != hashing.hexdigest():

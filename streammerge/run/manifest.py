@@ -19,7 +19,7 @@ from streammerge.run.output import MANIFEST_NAME
 
 
 def manifest(plan: Plan, done: Mapping[str, Done], side_files: Mapping[str, bytes]) -> bytes:
-    """The manifest of a complete output: the same bytes for the same plan, whatever machine or memory made it."""
+    """The manifest of a complete output. It ends with a checksum of its own."""
     content = {
         "format": FORMAT,
         "digest": plan.digest,

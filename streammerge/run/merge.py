@@ -17,7 +17,7 @@ from typing import Protocol
 
 import torch
 
-from streammerge.base.errors import DoesNotFit, Stopped
+from streammerge.base.errors import DoesNotFit, RecipeError, Stopped
 from streammerge.base.units import format_size
 from streammerge.kernels.compiled import Cache, Run, Signature
 from streammerge.kernels.contract import Program
@@ -36,7 +36,7 @@ from streammerge.run.manifest import manifest
 from streammerge.run.memory import Meter, memory_limit, processors, usage
 from streammerge.run.output import MANIFEST_NAME, check_apart, claim, finish, finished_digest, trust
 from streammerge.run.pipeline import ReadAhead, WriteBehind
-from streammerge.run.sidefiles import CARD_NAME, RECIPE_NAME, copied_files, model_card, side_file
+from streammerge.run.sidefiles import CARD_NAME, RECIPE_NAME, copied_files, side_files, too_large_files
 from streammerge.storage.checkpoint import open_checkpoint
 from streammerge.storage.local import sync_directory
 from streammerge.storage.sink import Shard, free_bytes, partial_path, write_file
@@ -107,8 +107,13 @@ class Observer(Protocol):
 def make_plan(recipe_path: Path, options: Options) -> Plan:
     """Read recipe and headers, and plan."""
     recipe = load_recipe(recipe_path, strict=options.strict)
-    checkpoints = [open_checkpoint(resolve_model(source.model, recipe_path)) for source in recipe.inputs]
-    return build_plan(recipe, checkpoints, seed=options.seed, shard_bytes=options.shard_bytes)
+    paths = [resolve_model(source.model, recipe_path) for source in recipe.inputs]
+    for i, path in enumerate(paths):
+        if (first := next(j for j, other in enumerate(paths) if other.samefile(path))) < i:
+            same = f"{recipe.inputs[first].model} and {recipe.inputs[i].model} are the same model; list it once"
+            raise RecipeError(str(recipe_path), [same])
+    checkpoints = [open_checkpoint(path) for path in paths]
+    return build_plan(recipe, checkpoints, seed=options.seed, shard_bytes=options.shard_bytes, strict=options.strict)
 
 
 def schedule_for(plan: Plan, options: Options) -> Schedule:
@@ -132,14 +137,18 @@ def merge(recipe_path: Path, out: Path, options: Options, observer: Observer) ->
     Raises the errors of base/errors.py; whatever happens, `out` holds complete shards under their names or none.
     """
     plan = make_plan(recipe_path, options)
-    for warning in plan.recipe.warnings:
+    for warning in plan.warnings:
         observer.note(f"{recipe_path}: {warning}")
+    for file in too_large_files(plan):
+        observer.note(f"{file}: is larger than a side file should be, and is not copied")
     check_apart(out, plan.checkpoints)
     if finished_digest(out) == plan.digest:
         return _finished_before(plan, out)
     device = choose_device(options.device)
     schedule = schedule_for(plan, options)
     _check_disk(plan, out)
+    # Written last, read now too: what is wrong with them is said before the work.
+    side_files(plan)
     with ExitStack() as stack:
         stopping = stack.enter_context(_signals())
         work = stack.enter_context(claim(out, plan, _file_names(plan), restart=options.restart))
@@ -244,9 +253,7 @@ def _lane(device: torch.device, arena: Arena, schedule: Schedule, cache: Cache |
 
 def _publish_rest(plan: Plan, out: Path, journal: Journal) -> None:
     """Side files, manifest, and last of all the index: then the output is complete."""
-    files = {file.name: side_file(plan, file) for file in copied_files(plan)}
-    files[RECIPE_NAME] = plan.recipe.text.encode()
-    files[CARD_NAME] = model_card(plan)
+    files = side_files(plan)
     index = index_file(plan.shards)
     for name, content in files.items():
         write_file(out / name, content)

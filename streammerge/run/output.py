@@ -129,7 +129,12 @@ def leftovers(out: Path) -> list[Path]:
         return []
     names = _planned_names(work / "plan.json")
     if names is None:
-        found = [path for path in sorted(out.iterdir()) if _SHARD.fullmatch(path.name.removesuffix(PARTIAL_SUFFIX))]
+        # The manifest too: alone it would say that OUT is finished.
+        found = [
+            path
+            for path in sorted(out.iterdir())
+            if path.name == MANIFEST_NAME or _SHARD.fullmatch(path.name.removesuffix(PARTIAL_SUFFIX))
+        ]
     else:
         found = [path for name in names for path in (out / name, partial_path(out / name)) if path.is_file()]
     return found + sorted(file for file in work.iterdir() if file.name != "lock")
@@ -143,7 +148,7 @@ def _planned_names(record: Path) -> list[str] | None:
         return None
     if not isinstance(names, list):
         return None
-    return [name for name in names if isinstance(name, str) and Path(name).name == name]
+    return [name for name in names if isinstance(name, str) and name and Path(name).name == name]
 
 
 def clean(out: Path, *, remove: bool) -> list[Path]:

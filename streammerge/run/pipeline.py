@@ -293,9 +293,8 @@ class WriteBehind:
             while not last:
                 with self._change:
                     self._change.wait_for(self._should_sync, timeout=_SYNC_SECONDS)
-                    if self._error is not None:
-                        return
-                    last = self._written_all
+                    # After a failed write, too: what was finished before it goes into the journal.
+                    last = self._written_all or self._error is not None
                     finished, self._finished = self._finished, []
                     shards, dirty = list(self._shards.items()), self._dirty
                 if dirty or finished:

@@ -21,10 +21,20 @@ CARD_NAME = "README.md"
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz", ".partial"}
 _OURS = {CARD_NAME, RECIPE_NAME, "streammerge.manifest.json"}
 _LARGEST = 256_000_000
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def copied_files(plan: Plan) -> list[Path]:
     """The donor's files that go along. None for a donor that is a single file without a config.json."""
+    return [file for file in _beside_weights(plan) if file.stat().st_size <= _LARGEST]
+
+
+def too_large_files(plan: Plan) -> list[Path]:
+    """The donor's files that would go along, but are too large to be what they should be."""
+    return [file for file in _beside_weights(plan) if file.stat().st_size > _LARGEST]
+
+
+def _beside_weights(plan: Plan) -> list[Path]:
     donor = plan.checkpoints[0]
     if not donor.path.is_dir() and not (donor.directory / "config.json").exists():
         return []
@@ -36,8 +46,13 @@ def copied_files(plan: Plan) -> list[Path]:
         and not file.name.startswith(".")
         and not file.name.endswith(".index.json")
         and file.name not in _OURS
-        and file.stat().st_size <= _LARGEST
     ]
+
+
+def side_files(plan: Plan) -> dict[str, bytes]:
+    """Everything in OUT but weights, index and manifest: name to content. Raises InputError."""
+    files = {file.name: side_file(plan, file) for file in copied_files(plan)}
+    return files | {RECIPE_NAME: plan.recipe.text.encode(), CARD_NAME: model_card(plan)}
 
 
 def side_file(plan: Plan, file: Path) -> bytes:
@@ -53,7 +68,7 @@ def _with_dtype(plan: Plan, file: Path, content: bytes) -> bytes:
     """config.json saying the dtype that most of the output is stored in."""
     try:
         config = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: is not JSON ({error}).") from None
     if not isinstance(config, dict):
         raise InputError(f"{file}: is not a JSON object.")
@@ -69,7 +84,12 @@ def _with_dtype(plan: Plan, file: Path, content: bytes) -> bytes:
     if config.get(key) == name:
         return content
     config[key] = name
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        # Half a character, as an escape: it stays one.
+        return (json.dumps(config, indent=2) + "\n").encode()
 
 
 def model_card(plan: Plan) -> bytes:
@@ -79,13 +99,17 @@ def model_card(plan: Plan) -> bytes:
     front: dict[str, object] = {
         "library_name": "transformers",
         "tags": ["merge", "mergekit", "streammerge"],
-        "base_model": [source.model for source in plan.recipe.inputs],
     }
+    # The Hub knows names, not somebody's folders.
+    named = [source.model for source in plan.recipe.inputs if _HUB_NAME.fullmatch(source.model)]
+    if named:
+        front["base_model"] = named
     if len(known) == 1 and all(licences):
         front["license"] = known[0]
     elif known:
         front["license"] = "other"
         front["license_name"] = "licences-of-the-inputs"
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", plan.recipe.text)), default=0))
     rows = "\n".join(
         f"| {'base' if i == 0 and plan.has_base else 'model'} | {_cell(source.model)} | {licence or 'not stated'} |"
         for i, (source, licence) in enumerate(zip(plan.recipe.inputs, licences, strict=True))
@@ -94,7 +118,7 @@ def model_card(plan: Plan) -> bytes:
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n"
         f"# A merge by {plan.method.name}\n\n"
         f"Made with StreamMerge. What went in:\n\n| role | model | licence |\n|---|---|---|\n{rows}\n\n"
-        f"The licences of all inputs apply.\n\n## Recipe\n\n```yaml\n{plan.recipe.text.rstrip()}\n```\n\n"
+        f"The licences of all inputs apply.\n\n## Recipe\n\n{fence}yaml\n{plan.recipe.text.rstrip()}\n{fence}\n\n"
         f"Checksums and versions are in `streammerge.manifest.json`; `streammerge verify` checks them.\n"
     ).encode()
 
@@ -111,7 +135,7 @@ def _licence(directory: Path) -> str | None:
     match = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
     try:
         front = yaml.safe_load(match[1]) if match else None
-    except (yaml.YAMLError, RecursionError):
+    except (yaml.YAMLError, RecursionError, ValueError, KeyError, AttributeError, TypeError):
         return None
     licence = front.get("license") if isinstance(front, dict) else None
     return licence if isinstance(licence, str) else None

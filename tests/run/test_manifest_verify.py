@@ -13,7 +13,7 @@ import torch
 import xxhash
 
 import streammerge
-from streammerge.api import plan
+from streammerge.api import make_plan as plan
 from streammerge.base.errors import InputError
 from streammerge.run.output import MANIFEST_NAME
 from streammerge.storage.checkpoint import INDEX_NAME, open_checkpoint, open_file

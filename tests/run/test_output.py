@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import streammerge
-from streammerge.api import plan
+from streammerge.api import make_plan as plan
 from streammerge.base.errors import OutputError, StreamMergeError
 from streammerge.plan.plan import Plan
 from streammerge.run.journal import WORK_FOLDER

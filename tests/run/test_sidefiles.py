@@ -13,7 +13,7 @@ import torch
 import yaml
 
 import streammerge
-from streammerge.api import plan
+from streammerge.api import make_plan as plan
 from streammerge.base.errors import InputError, StreamMergeError
 from streammerge.run.sidefiles import copied_files, model_card, side_file
 from tests.models import make_models, make_tensors, save_model, write_recipe
