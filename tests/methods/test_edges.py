@@ -51,6 +51,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "t above 1": {"t": 1.6},
     "scale 0": {"scale": (0.0,)},
     "scale 1": {"scale": (1.0,)},
+    "scale 2": {"scale": (2.0,)},
     "negative scale": {"scale": (-2.0,)},
 }
 
