@@ -25,7 +25,7 @@ from streammerge.run.arena import Area, Arena
 from streammerge.run.lane import Merged, count_nonfinite
 
 _RING = 3
-# Temporaries of eager programs, in tiles of float32 per input: measured on the processor, where they are the same.
+# An allowance for the temporaries of eager programs, in slots; not measured.
 _TEMPORARIES = 8
 
 
