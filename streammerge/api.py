@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from streammerge.base.units import parse_shard_size, parse_size
 from streammerge.plan.budget import Schedule
 from streammerge.plan.layout import DEFAULT_SHARD_BYTES
 from streammerge.plan.plan import Plan
+from streammerge.plan.recipe import load_recipe
 from streammerge.run.check import Verdict
 from streammerge.run.check import verify as _verify
 from streammerge.run.compiling import Compile
@@ -19,6 +21,12 @@ from streammerge.run.inspection import inspect as _inspect
 from streammerge.run.merge import Options, Report, Status
 from streammerge.run.merge import make_plan as _make_plan
 from streammerge.run.merge import merge as _merge
+
+if TYPE_CHECKING:
+    from streammerge.study.analysis import ProxyFindings
+    from streammerge.study.evaluation import Evaluation
+    from streammerge.study.findings import Findings
+    from streammerge.study.workbench import StudyOptions
 
 PathLike = str | os.PathLike[str]
 
@@ -32,6 +40,12 @@ class _Silent:
     def note(self, text: str) -> None:
         if self._note is not None:
             self._note(text)
+
+    def stage(self, text: str) -> None:
+        pass
+
+    def progress(self, done: float, total: float) -> None:
+        pass
 
     def planned(self, plan: Plan, schedule: Schedule, resumed: int, seconds: float) -> None:
         pass
@@ -61,7 +75,68 @@ def merge(
     """
     options = Options(_size(max_memory), _size(max_gpu_memory), device, threads, _shard_size(out_shard_size), compile,
                       seed, restart, strict)  # fmt: skip
-    return _merge(Path(recipe), Path(out), options, _Silent(note))
+    path = Path(recipe)
+    if load_recipe(path, strict=strict).is_analysed:
+        from streammerge.study.analysis import analysis_folder, decided_for_merge, decided_path
+
+        work = analysis_folder(Path(out))
+        study = _study_options(max_memory, device, threads, compile, None, seed, strict)
+        decided_for_merge(path, Path(out), work, study, _Silent(note), options.shard_bytes)
+        path = decided_path(work)
+    return _merge(path, Path(out), options, _Silent(note))
+
+
+def analyze(
+    recipe: PathLike,
+    out: PathLike,
+    *,
+    tasks: PathLike | None = None,
+    max_memory: str | int | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    compile: Compile = "auto",
+    spill: PathLike | None = None,
+    seed: int = 0,
+    strict: bool = False,
+    note: Callable[[str], None] | None = None,
+) -> Findings | ProxyFindings:
+    """Analyse a hi_merging recipe and write the decided recipe to `out`; scores are kept in `out`.analysis.
+
+    Returns everything that was found. Raises StreamMergeError.
+    """
+    from streammerge.study.analysis import analysis_folder, analyze_recipe
+
+    options = _study_options(max_memory, device, threads, compile, spill, seed, strict)
+    tasks_file = None if tasks is None else Path(tasks)
+    return analyze_recipe(
+        Path(recipe), Path(out), analysis_folder(Path(out)), options, _Silent(note), tasks_file=tasks_file
+    )
+
+
+def evaluate(
+    recipes: Sequence[PathLike],
+    tasks: PathLike,
+    *,
+    split: Literal["dev", "test"] = "dev",
+    scores: PathLike | None = None,
+    max_memory: str | int | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    compile: Compile = "auto",
+    spill: PathLike | None = None,
+    seed: int = 0,
+    strict: bool = False,
+    note: Callable[[str], None] | None = None,
+) -> Evaluation:
+    """Score recipes (or directories of checkpoints) on the tasks of a file, writing no checkpoint.
+
+    With `scores`, a directory, a stopped evaluation goes on. Raises StreamMergeError.
+    """
+    from streammerge.study.evaluation import evaluate as run_evaluate
+
+    options = _study_options(max_memory, device, threads, compile, spill, seed, strict)
+    work = None if scores is None else Path(scores)
+    return run_evaluate([Path(recipe) for recipe in recipes], Path(tasks), split, options, _Silent(note), work=work)
 
 
 def make_plan(
@@ -79,6 +154,14 @@ def verify(out: PathLike) -> Verdict:
 def inspect(path: PathLike) -> Inspection:
     """What the checkpoint at `path` holds. Raises InputError."""
     return _inspect(Path(path).expanduser())
+
+
+def _study_options(max_memory: str | int | None, device: str, threads: int | None, compile: Compile,
+                   spill: PathLike | None, seed: int, strict: bool) -> StudyOptions:  # fmt: skip
+    from streammerge.study.workbench import StudyOptions
+
+    folder = None if spill is None else Path(spill)
+    return StudyOptions(_size(max_memory), device, threads, compile, folder, seed, strict)
 
 
 def _shard_size(size: str | int) -> int:

@@ -16,12 +16,15 @@ import typer
 from streammerge import __version__
 from streammerge.base.errors import OutputError, Stopped, StreamMergeError, UserError, VerificationFailed
 from streammerge.base.units import parse_shard_size, parse_size
-from streammerge.ui import Terminal
+from streammerge.ui import Steps, Terminal
 
 if TYPE_CHECKING:
     from streammerge.plan.budget import Schedule
     from streammerge.plan.plan import Plan
     from streammerge.run.merge import Options, Status
+    from streammerge.study.analysis import ProxyFindings
+    from streammerge.study.findings import Findings
+    from streammerge.study.workbench import StudyOptions
 
 _BEGAN = time.perf_counter()
 
@@ -52,6 +55,12 @@ Compile = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", "--random-seed", help="Seed of the methods that drop at random.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Take unknown keys in the recipe for errors.")]
+TasksFile = Annotated[
+    Path | None, typer.Option("--tasks", metavar="FILE", help="Tasks, a YAML list of {name, model, dev, test}.")
+]
+Spill = Annotated[
+    Path | None, typer.Option("--spill", metavar="DIR", help="Keep hidden states in files there, not in memory.")
+]
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout instead of text.")]
 
 
@@ -74,18 +83,23 @@ def merge(
     compile_: Compile = "auto",
     seed: Seed = 0,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away unfinished work in OUT first.")] = False,
+    spill: Spill = None,
     strict: Strict = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only notes and errors.")] = False,
     as_json: Json = False,
     log: Annotated[Path | None, typer.Option(metavar="FILE", help="Append what happens to this file.")] = None,
 ) -> None:
-    """Merge RECIPE into the directory OUT. Run again after a stop or a crash, it goes on where it was."""
+    """Merge RECIPE into the directory OUT. Run again after a stop or a crash, it goes on where it was.
+
+    A hi_merging recipe with tasks is analysed first: decisions and report are left in OUT.analysis beside OUT.
+    """
     with _terminal(quiet=quiet, as_json=as_json, log=log) as terminal:
         options = _options(max_memory, max_gpu_memory, device, out_shard_size, threads, compile_, seed, restart, strict)
         from streammerge import report
         from streammerge.run.merge import merge as run_merge
 
         terminal.log(f"streammerge {__version__}: merge {recipe} into {out}")
+        recipe = _analysed(terminal, recipe, out, options, spill)
         done = run_merge(recipe, out, options, _Watcher(terminal))
         seconds = time.perf_counter() - _BEGAN
         terminal.rows("done", report.report_rows(done, seconds))
@@ -111,7 +125,7 @@ def plan(
         from streammerge.run.merge import make_plan, schedule_for
         from streammerge.run.sidefiles import copied_files
 
-        made = make_plan(recipe, options)
+        made, notes = _plan_before_analysis(recipe, options) or (make_plan(recipe, options), [])
         schedule = schedule_for(made, options)
         computing = consider(made, made.tensors, schedule, "auto", on_gpu=False).seconds
         seconds = estimate_seconds(made, made.tensors, schedule, computing)
@@ -121,7 +135,74 @@ def plan(
         else:
             for warning in made.warnings:
                 terminal.note(f"{recipe}: {warning}")
+            for text in notes:
+                terminal.note(text)
             terminal.rows("plan", report.plan_rows(made, schedule, seconds, side_files))
+
+
+@app.command()
+def analyze(
+    recipe: RecipePath,
+    out: Annotated[Path, typer.Option("--output", "-o", metavar="NEW", help="The recipe to write.")],
+    tasks: TasksFile = None,
+    max_memory: MaxMemory = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    compile_: Compile = "auto",
+    spill: Spill = None,
+    seed: Seed = 0,
+    strict: Strict = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only notes and errors.")] = False,
+    as_json: Json = False,
+    log: Annotated[Path | None, typer.Option(metavar="FILE", help="Append what happens to this file.")] = None,
+) -> None:
+    """Find where merging RECIPE hurts, and write a recipe that avoids it. No checkpoint is written.
+
+    NEW is an ordinary recipe that runs without data. Beside it, NEW.analysis holds the report (HTML, JSON, pictures)
+    and every score: run again after a stop, it goes on.
+    """
+    with _terminal(quiet=quiet, as_json=as_json, log=log) as terminal:
+        options = _study_options(max_memory, device, threads, compile_, spill, seed, strict)
+        from streammerge.study.analysis import analysis_folder, analyze_recipe
+
+        work = analysis_folder(out)
+        terminal.log(f"streammerge {__version__}: analyze {recipe} into {out}")
+        with terminal.steps() as steps:
+            findings = analyze_recipe(recipe, out, work, options, _Student(terminal, steps), tasks_file=tasks)
+        _show_findings(terminal, findings, work)
+        terminal.rows("analyze", [("recipe", str(out)), ("time", f"{time.perf_counter() - _BEGAN:.0f} s")])
+
+
+@app.command(name="eval")
+def evaluate(
+    recipes: Annotated[
+        list[Path], typer.Argument(metavar="RECIPE…", help="Recipes, or directories of checkpoints as they are.")
+    ],
+    tasks: Annotated[Path, typer.Option("--tasks", metavar="FILE", help="Tasks, a YAML list of {name, dev, test}.")],
+    split: Annotated[Literal["dev", "test"], typer.Option("--split", help="The files to score on.")] = "dev",
+    scores: Annotated[
+        Path | None, typer.Option("--scores", metavar="DIR", help="Keep scores there, to go on after a stop.")
+    ] = None,
+    max_memory: MaxMemory = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    compile_: Compile = "auto",
+    spill: Spill = None,
+    seed: Seed = 0,
+    strict: Strict = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only notes and errors.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Score any number of recipes on tasks, in one read of the weights. Writes no checkpoint."""
+    with _terminal(quiet=quiet, as_json=as_json) as terminal:
+        options = _study_options(max_memory, device, threads, compile_, spill, seed, strict)
+        from streammerge import analysis_report
+        from streammerge.study.evaluation import evaluate as run_evaluate
+
+        with terminal.steps() as steps:
+            found = run_evaluate(recipes, tasks, split, options, _Student(terminal, steps), work=scores)
+        terminal.table("scores", analysis_report.score_table(found.rows, [name for name, _ in found.tasks]))
+        terminal.event("scores", analysis_report.evaluation_json(found))
 
 
 @app.command()
@@ -198,8 +279,26 @@ def demo(
         terminal.lines(["", f"$ streammerge verify {merged['ties']}"])
         terminal.rows("verify", report.verdict_rows(run_verify(merged["ties"])))
         if not can_run_models():
-            terminal.lines(["", "To hear the models speak, install the extra: pip install 'streammerge[eval]'"])
+            terminal.lines(["", "To analyse the models and hear them speak: pip install 'streammerge[eval]'"])
             return
+        from streammerge.study.evaluation import evaluate as run_evaluate
+        from streammerge.study.workbench import StudyOptions
+
+        merged["hi_merging"] = directory / "merged-hi_merging"
+        terminal.lines(["", "Hi-Merging finds its parameters on dev questions first. Its recipe, hi_merging.yaml:", ""])
+        terminal.lines([f"    {line}" for line in made.hi_merging.read_text().splitlines()])
+        terminal.lines(["", f"$ streammerge {made.hi_merging} {merged['hi_merging']}"])
+        began = time.perf_counter()
+        decided = _analysed(terminal, made.hi_merging, merged["hi_merging"], options, None)
+        done = run_merge(decided, merged["hi_merging"], options, _Watcher(terminal))
+        terminal.rows("done", report.report_rows(done, time.perf_counter() - began))
+        scored = [*made.models.values(), *made.recipes.values(), merged["hi_merging"]]
+        terminal.lines(["", f"$ streammerge eval {' '.join(map(str, scored))} --tasks {made.tasks} --split test"])
+        with terminal.steps() as steps:
+            found = run_evaluate(scored, made.tasks, "test", StudyOptions(), _Student(terminal, steps))
+        from streammerge.analysis_report import score_table
+
+        terminal.table("scores", score_table(found.rows, [name for name, _ in found.tasks]))
         prompts = list(PROMPTS.values())
         for name, path in {**made.models, **merged}.items():
             answers = complete(path, prompts)
@@ -239,6 +338,85 @@ class _Watcher:
             return now.read_bytes, now.written_bytes, now.own_bytes
 
         return self._terminal.progress(read_bytes + write_bytes, numbers, self._allowed)
+
+
+class _Student:
+    """Tells a terminal how a study goes."""
+
+    def __init__(self, terminal: Terminal, steps: Steps) -> None:
+        self.note = terminal.note
+        self.stage = steps.stage
+        self.progress = steps.progress
+
+
+def _analysed(terminal: Terminal, recipe: Path, out: Path, options: Options, spill: Path | None) -> Path:
+    """The recipe to merge: as given, or if its parameters are to be found first, the one an analysis decides on."""
+    from streammerge.plan.recipe import load_recipe
+
+    if not load_recipe(recipe, strict=options.strict).is_analysed:
+        return recipe
+    _needs_transformers()
+    from streammerge.study.analysis import analysis_folder, decided_for_merge, decided_path
+    from streammerge.study.workbench import StudyOptions
+
+    work = analysis_folder(out)
+    how = StudyOptions(options.max_memory, options.device, options.threads, options.compile, spill, options.seed,
+                       options.strict)  # fmt: skip
+    with terminal.steps() as steps:
+        findings = decided_for_merge(recipe, out, work, how, _Student(terminal, steps), options.shard_bytes)
+    _show_findings(terminal, findings, work)
+    return decided_path(work)
+
+
+def _plan_before_analysis(recipe: Path, options: Options) -> tuple[Plan, list[str]] | None:
+    """The plan of a recipe whose parameters are still to be found, and what finding them takes; else None."""
+    from streammerge.plan.recipe import load_recipe
+
+    if not load_recipe(recipe, strict=options.strict).is_analysed:
+        return None
+    _needs_transformers()
+    from streammerge.study.analysis import foresee
+    from streammerge.study.workbench import StudyOptions
+
+    how = StudyOptions(options.max_memory, "cpu", options.threads, "off", None, options.seed, options.strict)
+    return foresee(recipe, how, options.shard_bytes)
+
+
+def _show_findings(terminal: Terminal, findings: Findings | ProxyFindings, work: Path) -> None:
+    """Tables on the terminal, report files in `work`."""
+    from streammerge import analysis_report
+    from streammerge.study.analysis import ProxyFindings
+
+    if isinstance(findings, ProxyFindings):
+        facts = analysis_report.proxy_json(findings)
+        terminal.table("conflicts", analysis_report.proxy_table(findings))
+    else:
+        facts = analysis_report.analysis_json(findings)
+        for title, table in analysis_report.analysis_tables(findings).items():
+            terminal.table(title, table)
+    files = analysis_report.write_report(facts, work)
+    rows = [("verdict", findings.verdict), ("report", ", ".join(map(str, files)))]
+    if not isinstance(findings, ProxyFindings):
+        rows.append(("cost", analysis_report.cost_text(findings.facts)))
+    terminal.rows("analysis", rows)
+    terminal.event("analysis", facts)
+
+
+def _needs_transformers() -> None:
+    from streammerge.study.completion import can_run_models
+
+    if not can_run_models():
+        raise UserError("Running models needs transformers: pip install 'streammerge[eval]'")
+
+
+def _study_options(max_memory: str | None, device: str, threads: int | None,
+                   compile_: Literal["auto", "on", "off"], spill: Path | None, seed: int,
+                   strict: bool) -> StudyOptions:  # fmt: skip
+    size = None if max_memory is None else parse_size(max_memory, flag="--max-memory")
+    _needs_transformers()
+    from streammerge.study.workbench import StudyOptions
+
+    return StudyOptions(size, device, threads, compile_, spill, seed, strict)
 
 
 def _options(max_memory: str | None, max_gpu_memory: str | None, device: str, out_shard_size: str,

@@ -17,8 +17,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -110,6 +121,34 @@ class Terminal:
             stop.set()
             thread.join()
 
+    @contextmanager
+    def steps(self) -> Iterator[Steps]:
+        """Show the progress of work in several stages while the body runs; the body tells how far it is."""
+        steps = Steps(self, self._err, bar=self._err.is_terminal and not self._quiet and not self._json)
+        try:
+            yield steps
+        finally:
+            steps.close()
+
+    def step_line(self, text: str) -> None:
+        """One line about a stage that begins or goes on, on stderr."""
+        self._write_log(text)
+        if not self._quiet and not self._json:
+            self._err.print(Text(printable(text)))
+
+    def table(self, title: str, rows: Sequence[Sequence[str]]) -> None:
+        """A table; the first row is its heading."""
+        for row in rows:
+            self._write_log(f"{title}: {' | '.join(row)}")
+        if self._quiet or self._json:
+            return
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for i, heading in enumerate(rows[0]):
+            table.add_column(Text(printable(heading)), justify="left" if i == 0 else "right", overflow="fold")
+        for row in rows[1:]:
+            table.add_row(*(Text(printable(cell)) for cell in row))
+        self._out.print(table, soft_wrap=False)
+
     def _show_bar(
         self, stop: threading.Event, total: int, status: Callable[[], tuple[int, int, int]], allowed: int
     ) -> None:
@@ -160,3 +199,47 @@ class Terminal:
             stamp = datetime.now(UTC).isoformat(timespec="seconds")
             self._log.write("".join(f"{stamp} {line}\n" for line in printable(text).splitlines()))
             self._log.flush()
+
+
+class Steps:
+    """Stages of work that say how far they are: a bar with the time left, lines now and then, or JSON events."""
+
+    def __init__(self, terminal: Terminal, console: Console, *, bar: bool) -> None:
+        self._terminal = terminal
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+                   TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+        self._bar = Progress(*columns, console=console, transient=True) if bar else None
+        self._task: TaskID | None = None
+        self._title, self._began, self._said = "", time.monotonic(), time.monotonic()
+        if self._bar is not None:
+            self._bar.start()
+
+    def stage(self, text: str) -> None:
+        """A new stage begins."""
+        self._title = text
+        self._terminal.step_line(text)
+        self._terminal.event("stage", {"text": text})
+
+    def progress(self, done: float, total: float) -> None:
+        """So much of the stage is done; called with 0 when the total is known."""
+        if done == 0:
+            self._began = self._said = time.monotonic()
+        if self._bar is not None:
+            if self._task is not None and done == 0:
+                self._bar.remove_task(self._task)
+                self._task = None
+            if self._task is None:
+                self._task = self._bar.add_task(printable(self._title)[:40], total=total)
+            self._bar.update(self._task, completed=done)
+            return
+        now = time.monotonic()
+        if done == 0 or now - self._said < _LINE_SECONDS:
+            return
+        self._said = now
+        left = (total - done) * (now - self._began) / done
+        self._terminal.step_line(f"  {100 * done / total:.0f} %, {format_seconds(left)} left")
+        self._terminal.event("progress", {"share": round(done / total, 4), "seconds_left": round(left, 1)})
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()

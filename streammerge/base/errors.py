@@ -3,6 +3,7 @@
     StreamMergeError            1   a fault of ours
     ├── UserError               2   the user's to change
     │   ├── RecipeError             the recipe, with every mistake in it
+    │   │   └── TaskError           tasks and their data files, with every mistake in them
     │   ├── ShapeMismatch           inputs of different shapes
     │   └── OutputError             OUT is occupied, locked, or of another recipe
     ├── DoesNotFit              3   memory or disk, before or midway
@@ -35,6 +36,10 @@ class RecipeError(UserError):
         self.problems = problems
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         super().__init__(f"{where}: {count}\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+class TaskError(RecipeError):
+    """Tasks, or the examples in their files, that cannot be scored."""
 
 
 class ShapeMismatch(UserError):

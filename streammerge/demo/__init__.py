@@ -17,11 +17,16 @@ _SPECIALISTS = ("translate", "sort")
 
 @dataclass(frozen=True)
 class Demo:
-    """A directory with the demo's models and the recipes over them, by method."""
+    """A directory with the demo's models and the recipes over them, by method; `hi_merging` is still to be analysed.
+
+    `tasks` is the file that lists the questions: dev for the analysis, test for the scores.
+    """
 
     directory: Path
     models: dict[str, Path]
     recipes: dict[str, Path]
+    hi_merging: Path
+    tasks: Path
 
 
 def unpack(directory: Path) -> Demo:
@@ -35,18 +40,30 @@ def unpack(directory: Path) -> Demo:
         "ties": _recipe("ties", "base", "weight: 1.0, density: 0.5"),
         "dare_ties": _recipe("dare_ties", "base", "weight: 1.0, density: 0.7"),
     }
+    shutil.copytree(FOLDER / "tasks", directory / "tasks", dirs_exist_ok=True)
+    tasks, hi_merging = directory / "tasks.yaml", directory / "hi_merging.yaml"
+    tasks.write_text("".join(f"- {_task(name)}\n" for name in _SPECIALISTS))
+    entries = "".join(f"  - {_task(name)}\n" for name in _SPECIALISTS)
+    hi_merging.write_text(_recipe("hi_merging", "base", None) + f"tasks:\n{entries}")
     paths = {}
     for method, text in recipes.items():
         paths[method] = directory / f"{method}.yaml"
         paths[method].write_text(text)
-    return Demo(directory, {name: directory / "models" / name for name in names}, paths)
+    return Demo(directory, {name: directory / "models" / name for name in names}, paths, hi_merging, tasks)
 
 
-def _recipe(method: str, base: str | None, parameters: str) -> str:
+def _task(name: str) -> str:
+    files = f"dev: tasks/{name}.dev.jsonl, test: tasks/{name}.test.jsonl"
+    return f"{{name: {name}, model: models/{name}, {files}}}"
+
+
+def _recipe(method: str, base: str | None, parameters: str | None) -> str:
     lines = [f"merge_method: {method}"]
     if base is not None:
         lines.append(f"base_model: models/{base}")
     lines.append("models:")
     for name in _SPECIALISTS:
-        lines += [f"  - model: models/{name}", f"    parameters: {{{parameters}}}"]
+        lines.append(f"  - model: models/{name}")
+        if parameters is not None:
+            lines.append(f"    parameters: {{{parameters}}}")
     return "\n".join([*lines, "dtype: bfloat16", ""])

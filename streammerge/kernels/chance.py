@@ -37,9 +37,9 @@ def block_keys(stream_keys: Sequence[int], first_block: int, blocks: int) -> Ten
     return torch.from_numpy(key.astype("<u8").view("<i4").reshape(blocks, len(stream_keys), 2))
 
 
-def keep_mask(keys: Tensor, limits: Tensor) -> Tensor:
-    """Which elements stay: (blocks, 2) int32 keys and a limit of `keep_limit` -> (blocks, BLOCK) bool."""
-    index = torch.arange(BLOCK, dtype=torch.int32, device=keys.device)[None, :]
+def keep_mask(keys: Tensor, limits: Tensor, width: int = BLOCK) -> Tensor:
+    """Which elements stay: (blocks, 2) int32 keys and a limit of `keep_limit` -> (blocks, width) bool."""
+    index = torch.arange(width, dtype=torch.int32, device=keys.device)[None, :]
     bits = _mix(_mix(index ^ keys[:, 0:1]) ^ keys[:, 1:2])
     return ((bits >> 1) & 0x7FFFFFFF) <= limits
 

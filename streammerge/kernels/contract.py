@@ -101,7 +101,10 @@ Measuring = Generator[Look, Any, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Param:
-    """One parameter of a recipe. A `default` of None means that the recipe must give it."""
+    """One parameter of a recipe. A `default` of None means that the recipe must give it.
+
+    Without `vectors`, tensors of fewer than two dimensions have the default whatever the recipe says.
+    """
 
     name: str
     meaning: str
@@ -109,6 +112,7 @@ class Param:
     per_model: bool = False
     boolean: bool = False
     optional: bool = False
+    vectors: bool = True
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def magnitude(delta: Tensor) -> Tensor:
 def cut_mask(delta: Tensor, starts: Tensor, threshold: Tensor, last: Tensor) -> Tensor:
     """Which entries a cut keeps: (blocks, BLOCK) bool. `starts` (blocks, 1) are the tile's."""
     size = magnitude(delta)
-    position = torch.arange(BLOCK, dtype=torch.int32, device=delta.device)[None, :]
+    position = torch.arange(delta.shape[-1], dtype=torch.int32, device=delta.device)[None, :]
     # Positions in the block fit int32, which compares twice as fast as int64.
     last_here = (last - starts).clamp(-1, BLOCK).to(torch.int32)
     return (size > threshold) | ((size == threshold) & (position <= last_here))

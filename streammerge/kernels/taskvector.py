@@ -1,8 +1,9 @@
 """The family of task-vector methods: base plus a weighted sum of sparsified deltas, with or without sign election.
 
 For each model i, Δ_i = x_i − b is sparsified to S_i (all of it, its largest entries, or random ones) and, if asked,
-scaled by r_i = Σ|Δ_i| / Σ|S_i|; D_i = w_i r_i S_i. Without election N = Σ D_i and q = Σ w_i; with it, an element's
-majority sign is that of Σ D_i (zero counts as positive), N sums the D_i of that sign, and q their weights.
+scaled by r_i = Σ|Δ_i| / Σ|S_i|; D_i = w_i s_i r_i S_i, where s_i is 1 unless the method has a scale of its own.
+Without election N = Σ D_i and q = Σ w_i; with it, an element's majority sign is that of Σ D_i (zero counts as
+positive), N sums the D_i of that sign, and q their weights.
 The result is b + λ N, or b + λ N / q when normalised; a q of 0 (without election: below 1e-8) counts as 1.
 """
 
@@ -38,9 +39,20 @@ _SMALLEST_MASS = 1e-7
 _SMALLEST_WEIGHT_SUM = 1e-8
 
 
-def task_vector_method(name: str, doc: str, *, sparsifier: Sparsifier, election: bool, normalize: bool,
-                       rescale: bool, density_meaning: str) -> Method:  # fmt: skip
-    """A method of the family. `normalize` and `rescale` are the defaults of its parameters."""
+def task_vector_method(name: str, doc: str, *, sparsifier: Sparsifier, election: bool | Literal["optional"],
+                       normalize: bool, rescale: bool, density_meaning: str, scales: bool = False,
+                       prunes_vectors: bool = True) -> Method:  # fmt: skip
+    """A method of the family. `normalize` and `rescale` are the defaults of its parameters.
+
+    An "optional" election is asked for with `sign_consensus`. `scales` gives every model a `scale` of its own;
+    `prunes_vectors` says whether `density` counts for tensors of fewer than two dimensions.
+    """
+
+    def elects(settings: Settings) -> bool:
+        return settings.flag("sign_consensus") if election == "optional" else election
+
+    def scale_of(settings: Settings) -> list[float]:
+        return settings.numbers("scale") if scales else [1.0] * len(settings.numbers("weight"))
 
     def masks(settings: Settings) -> bool:
         return sparsifier != "none" and any(density < 1 for density in settings.numbers("density"))
@@ -52,7 +64,7 @@ def task_vector_method(name: str, doc: str, *, sparsifier: Sparsifier, election:
         return sparsifier if masks(settings) else "none"
 
     def program(settings: Settings) -> Program:
-        return _merging(used(settings), election, election and settings.flag("normalize"))
+        return _merging(used(settings), elects(settings), elects(settings) and settings.flag("normalize"))
 
     def looks(settings: Settings) -> tuple[Program, ...]:
         counting = (COUNT,) if used(settings) == "magnitude" else ()
@@ -74,9 +86,10 @@ def task_vector_method(name: str, doc: str, *, sparsifier: Sparsifier, election:
         factors = [1.0] * problem.models
         if rescales(settings):
             factors = yield from _rescale_factors(_weighing(used(settings)), arguments, densities)
-        coefficients = [weight * factor for weight, factor in zip(weights, factors, strict=True)]
+        scaled = zip(weights, scale_of(settings), factors, strict=True)
+        coefficients = [weight * own * factor for weight, own, factor in scaled]
         scale = settings.number("lambda")
-        if not election:
+        if not elects(settings):
             weight_sum = sum(weights)
             if settings.flag("normalize") and abs(weight_sum) >= _SMALLEST_WEIGHT_SUM:
                 scale /= weight_sum
@@ -88,8 +101,20 @@ def task_vector_method(name: str, doc: str, *, sparsifier: Sparsifier, election:
         return arguments | {"coefficient": problem.tensor(coefficients)}
 
     def copies(settings: Settings) -> int | None:
-        inert = settings.number("lambda") == 0 or not any(settings.numbers("weight"))
-        return 0 if inert else None
+        factor = settings.number("lambda")
+        rows = zip(settings.numbers("weight"), scale_of(settings), settings.numbers("density"), strict=True)
+        counting = [
+            (i, weight, weight * own * factor, density)
+            for i, (weight, own, density) in enumerate(rows, 1)
+            if weight * own * factor != 0 and (density > 0 or sparsifier == "none")
+        ]
+        if not counting:
+            return 0
+        i, _, coefficient, density = counting[0]
+        whole = sparsifier == "none" or density >= 1
+        # One model's whole delta, once: that is the model.
+        alone = len(counting) == 1 and whole and coefficient == 1 and not settings.flag("normalize")
+        return i if alone else None
 
     def check(settings: Settings) -> list[str]:
         densities = [density for density in settings.numbers("density") if density < 0]
@@ -100,11 +125,17 @@ def task_vector_method(name: str, doc: str, *, sparsifier: Sparsifier, election:
         doc=doc,
         params=(
             Param("weight", "how strongly the model's delta counts", per_model=True),
-            Param("density", density_meaning, 1.0, per_model=True),
+            Param("density", density_meaning, 1.0, per_model=True, vectors=prunes_vectors),
+            *([Param("scale", "factor on the model's sparsified delta", 1.0, per_model=True)] if scales else []),
             Param("normalize", "divide by the sum of the weights that count", normalize, boolean=True),
             Param("lambda", "factor on the merged delta", 1.0),
             Param("rescale", "scale each sparsified delta back to its sum of magnitudes", rescale, boolean=True),
             Param("int8_mask", "accepted for mergekit's sake; has no effect here", False, boolean=True),
+            *(
+                [Param("sign_consensus", "elect a sign per element, as TIES does", False, boolean=True)]
+                if election == "optional"
+                else []
+            ),
         ),
         base="required",
         min_models=0,
@@ -159,7 +190,7 @@ def _masks(tile: Tile, deltas: list[Tensor], arguments: Arguments, sparsifier: S
             for i, delta in enumerate(deltas)
         ]
     assert tile.keys is not None
-    return [keep_mask(tile.keys[:, i], arguments["limit"][i]) for i in range(len(deltas))]
+    return [keep_mask(tile.keys[:, i], arguments["limit"][i], delta.shape[-1]) for i, delta in enumerate(deltas)]
 
 
 def _sparse(tile: Tile, arguments: Arguments, sparsifier: Sparsifier) -> list[Tensor]:

@@ -7,8 +7,8 @@ same digest, same bytes. Memory, threads, tile sizes and devices are not in it; 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from streammerge.plan.setting import Setting, value_at
 from streammerge.storage.checkpoint import Checkpoint, TensorSpec
 
 # Raised when a change alters the bytes of an output.
-FORMAT = 1
+FORMAT = 2
 _SHOWN = 10
 
 
@@ -114,7 +114,8 @@ def build_plan(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, seed: int, 
     unmatched = _unmatched_filters(recipe, names)
     if strict and unmatched:
         raise RecipeError(str(recipe.path), unmatched)
-    settings = _resolve_settings(recipe, names)
+    vectors = {name for name in names if len(checkpoints[0].tensors[name].shape) < 2}
+    settings = _resolve_settings(recipe, names, vectors)
     drafts: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name in names:
         spec = checkpoints[0].tensors[name]
@@ -132,19 +133,30 @@ def build_plan(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, seed: int, 
 def _tensor_plan(recipe: Recipe, checkpoints: Sequence[Checkpoint], settings: Settings, name: str, dtype: str,
                  shard: int, offset: int) -> TensorPlan:  # fmt: skip
     inputs = tuple(checkpoint.tensors[name] for checkpoint in checkpoints)
-    action: Literal["merge", "copy", "equal"] = "merge"
-    source = 0
-    if DTYPES[inputs[0].dtype].kind == "exact":
-        action = "copy" if len(inputs) == 1 else "equal"
-    else:
-        copied = recipe.method.copies(settings)
-        if copied is not None and inputs[copied].dtype == dtype:
-            action, source = "copy", copied
+    action, source = _action(recipe.method, settings, inputs, dtype)
     work = "F64" if "F64" in {dtype, *(spec.dtype for spec in inputs)} else "F32"
     first = inputs[0]
     return TensorPlan(
         name, dtype, first.shape, first.elements, inputs, action, source, work, settings, shard, offset
     )  # fmt: skip
+
+
+def with_settings(tensor: TensorPlan, method: Method, settings: Settings) -> TensorPlan:
+    """The same output tensor, merged with other parameters."""
+    action, source = _action(method, settings, tensor.inputs, tensor.dtype)
+    return replace(tensor, settings=settings, action=action, source=source)
+
+
+def _action(
+    method: Method, settings: Settings, inputs: Sequence[TensorSpec], dtype: str
+) -> tuple[Literal["merge", "copy", "equal"], int]:
+    """What is done with a tensor, and the input that is copied."""
+    if DTYPES[inputs[0].dtype].kind == "exact":
+        return ("copy" if len(inputs) == 1 else "equal"), 0
+    copied = method.copies(settings)
+    if copied is not None and inputs[copied].dtype == dtype:
+        return "copy", copied
+    return "merge", 0
 
 
 def _output_dtype(recipe: Recipe, inputs: Sequence[TensorSpec]) -> str:
@@ -226,8 +238,8 @@ def _unmatched_filters(recipe: Recipe, names: Sequence[str]) -> list[str]:
     ]
 
 
-def _resolve_settings(recipe: Recipe, names: Sequence[str]) -> dict[str, Settings]:
-    """The parameters of every tensor. Raises RecipeError."""
+def _resolve_settings(recipe: Recipe, names: Sequence[str], vectors: Set[str]) -> dict[str, Settings]:
+    """The parameters of every tensor; `vectors` are those of fewer than two dimensions. Raises RecipeError."""
     positions = gradient_positions(names)
     problems: dict[str, None] = {}
     made: dict[tuple[Value | None, ...], Settings] = {}
@@ -235,6 +247,11 @@ def _resolve_settings(recipe: Recipe, names: Sequence[str]) -> dict[str, Setting
     settings = {}
     for name in names:
         found = [find(name, positions[name], problems) for find in finders]
+        if name in vectors:
+            found = [
+                values if param.vectors else (param.default,) * len(values)
+                for param, values in zip(recipe.method.params, found, strict=True)
+            ]
         key = tuple(value for values in found for value in values)
         if key not in made:
             pairs = list(zip(recipe.method.params, found, strict=True))

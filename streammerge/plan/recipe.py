@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -20,6 +20,7 @@ from streammerge.base.dtypes import RECIPE_DTYPES
 from streammerge.base.errors import InputError, RecipeError
 from streammerge.kernels.contract import Method
 from streammerge.methods import METHODS
+from streammerge.plan.analysis import AnalysisOptions, Decisions
 from streammerge.plan.setting import Setting, parse_setting
 
 _MAX_BYTES = 4_000_000
@@ -66,6 +67,10 @@ class _Recipe(_Document):
     out_dtype: str | None = None
     tokenizer_source: str | None = None
     parameters: dict[str, Any] = Field(default_factory=dict)
+    tasks: list[Any] | None = None
+    proxy: Literal["weights"] | None = None
+    decisions: Decisions = "guarded"
+    analysis: AnalysisOptions = Field(default_factory=AnalysisOptions)
 
     _parse = field_validator("parameters", mode="before")(_settings)
 
@@ -93,7 +98,8 @@ class Recipe:
     """What the user asked for.
 
     `base` is the base model where the method has one, else None; `models` are the other inputs, in the order that
-    counts. `dtype` and `out_dtype` are names of base/dtypes.py. `text` is the file as given.
+    counts. `dtype` and `out_dtype` are names of base/dtypes.py. `text` is the file as given. `tasks` is the list under
+    that key as it stands (study/tasks.py reads it); `proxy`, `decisions` and `analysis` say how to analyse.
     """
 
     path: Path
@@ -105,6 +111,15 @@ class Recipe:
     out_dtype: str | None
     parameters: dict[str, Setting]
     warnings: tuple[str, ...]
+    tasks: tuple[Any, ...] | None = None
+    proxy: Literal["weights"] | None = None
+    decisions: Decisions = "guarded"
+    analysis: AnalysisOptions = field(default_factory=AnalysisOptions)
+
+    @property
+    def is_analysed(self) -> bool:
+        """Whether the parameters are to be found by an analysis before the merge."""
+        return self.tasks is not None or self.proxy is not None
 
     @property
     def inputs(self) -> tuple[Input, ...]:
@@ -256,6 +271,7 @@ class _Checks:
         else:
             self._parameters(method)
             self._count(method)
+            self._analysis(method)
         return self._problems, self._warnings
 
     def _problem(self, place: Place, message: str) -> None:
@@ -290,6 +306,16 @@ class _Checks:
                     self._warn((*place, name), f"{method.name} has no such parameter.{nearest(name, known)}")
                 elif name in shared and place[0] == "models":
                     self._warn((*place, name), f"has no effect under one model; write {name} under `parameters:`")
+
+    def _analysis(self, method: Method) -> None:
+        document = self._document
+        given = sorted(document.model_fields_set & {"tasks", "proxy", "decisions", "analysis"})
+        if given and method.name != "hi_merging":
+            self._warn((given[0],), f"only hi_merging is analysed; {method.name} is merged as it stands")
+        elif document.tasks is not None and document.proxy is not None:
+            self._problem(("proxy",), "tasks and a proxy for them exclude each other; keep one")
+        elif given and document.tasks is None and document.proxy is None:
+            self._warn((given[0],), "has no effect without tasks (or `proxy: weights`)")
 
     def _count(self, method: Method) -> None:
         document = self._document
@@ -342,6 +368,10 @@ def _build(document: _Recipe, path: Path, text: str, warnings: list[str]) -> Rec
         out_dtype=document.out_dtype,
         parameters=document.parameters,
         warnings=tuple(warnings),
+        tasks=None if document.tasks is None else tuple(document.tasks),
+        proxy=document.proxy,
+        decisions=document.decisions,
+        analysis=document.analysis,
     )
 
 

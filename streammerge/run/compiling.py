@@ -55,7 +55,7 @@ def consider(
     plan: Plan, tensors: Sequence[TensorPlan], schedule: Schedule, mode: Compile, *, on_gpu: bool
 ) -> Compiling:
     """Decide what to compile for `tensors`: with "auto" what saves more time than it costs, if there is memory."""
-    wanted = _programs(plan, tensors)
+    wanted = programs_of(plan, tensors)
     eager = sum(count * program.eager_ns for (program, _), count in wanted.items()) * 1e-9 / schedule.threads
     if mode == "off" or on_gpu:
         return Compiling(None, (), None, eager)
@@ -81,7 +81,7 @@ def _cannot(schedule: Schedule) -> str | None:
     return compiler_missing()
 
 
-def _programs(plan: Plan, tensors: Sequence[TensorPlan]) -> dict[tuple[Program, Signature], int]:
+def programs_of(plan: Plan, tensors: Sequence[TensorPlan]) -> dict[tuple[Program, Signature], int]:
     """The programs these tensors need, with the elements times models that each sees in all."""
     counts: dict[tuple[Program, Signature], int] = {}
     for tensor in tensors:

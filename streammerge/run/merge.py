@@ -24,7 +24,7 @@ from streammerge.kernels.contract import Program
 from streammerge.plan.budget import Schedule, bytes_to_read, make_schedule
 from streammerge.plan.layout import DEFAULT_SHARD_BYTES, index_file
 from streammerge.plan.plan import Plan, TensorPlan, build_plan
-from streammerge.plan.recipe import load_recipe, resolve_model
+from streammerge.plan.recipe import Recipe, load_recipe, resolve_model
 from streammerge.run.arena import Arena
 from streammerge.run.compiling import Compile, consider
 from streammerge.run.engine import Engine
@@ -106,7 +106,12 @@ class Observer(Protocol):
 
 def make_plan(recipe_path: Path, options: Options) -> Plan:
     """Read recipe and headers, and plan."""
-    recipe = load_recipe(recipe_path, strict=options.strict)
+    return plan_recipe(load_recipe(recipe_path, strict=options.strict), options)
+
+
+def plan_recipe(recipe: Recipe, options: Options) -> Plan:
+    """Find and open the models of a recipe, and plan."""
+    recipe_path = recipe.path
     paths = [resolve_model(source.model, recipe_path) for source in recipe.inputs]
     for i, path in enumerate(paths):
         if (first := next(j for j, other in enumerate(paths) if other.samefile(path))) < i:
@@ -146,11 +151,11 @@ def merge(recipe_path: Path, out: Path, options: Options, observer: Observer) ->
         return _finished_before(plan, out)
     device = choose_device(options.device)
     schedule = schedule_for(plan, options)
-    _check_disk(plan, out)
+    check_disk(plan, out)
     # Written last, read now too: what is wrong with them is said before the work.
     side_files(plan)
     with ExitStack() as stack:
-        stopping = stack.enter_context(_signals())
+        stopping = stack.enter_context(stop_signals())
         work = stack.enter_context(claim(out, plan, _file_names(plan), restart=options.restart))
         journal = Journal(work / "journal")
         stack.callback(journal.close)
@@ -271,7 +276,7 @@ def _file_names(plan: Plan) -> list[str]:
     return [*names, RECIPE_NAME, CARD_NAME, MANIFEST_NAME, *([index[0]] if index else [])]
 
 
-def _check_disk(plan: Plan, out: Path) -> None:
+def check_disk(plan: Plan, out: Path) -> None:
     """Raise DoesNotFit when the shards would not fit on the disk of `out`."""
     folder = out
     while not folder.exists():
@@ -299,7 +304,7 @@ def _finished_before(plan: Plan, out: Path) -> Report:
 
 
 @contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
+def stop_signals() -> Iterator[Callable[[], bool]]:
     """SIGINT, SIGTERM and SIGHUP ask to stop; a second SIGINT stops at once, as a crash would: still resumable."""
     asked: list[int] = []
 

@@ -48,6 +48,17 @@ def finished_digest(out: Path) -> str | None:
     return digest if isinstance(digest, str) else None
 
 
+def check_usable(out: Path) -> None:
+    """Refuse an OUT that no merge could be written to: a file, or a directory with something else in it.
+
+    For work that comes before a merge and would be in vain. Whose OUT it is, `claim` finds out.
+    """
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out}: is a file. Choose a directory for the result.")
+    if out.is_dir() and not (out / WORK_FOLDER).is_dir() and finished_digest(out) is None:
+        _check_empty(out)
+
+
 @contextmanager
 def claim(out: Path, plan: Plan, files: Sequence[str], *, restart: bool) -> Iterator[Path]:
     """Take OUT over: yields its work folder, locked, with this plan and the names of all `files` to come written in it.
@@ -191,6 +202,10 @@ def _check_free(out: Path, work: Path, plan: Plan) -> None:
             f"{out}: holds the finished result of another merge (plan {digest[:12]}, this one is {plan.digest[:12]}). "
             f"Choose another directory, or remove it."
         )
+    _check_empty(out)
+
+
+def _check_empty(out: Path) -> None:
     content = sorted(path.name for path in out.iterdir())
     if content:
         shown = ", ".join(content[:3]) + (" and more" if len(content) > 3 else "")

@@ -29,7 +29,7 @@ from tests.models import save_model
 USUAL: dict[str, Value | tuple[Value, ...]] = {
     "weight": (0.7129, 0.4507, 0.3011, 0.2513),
     "density": (0.3, 0.55, 0.8, 0.1),
-    "scale": (1.2717,),
+    "scale": (1.2693, 0.8371, 1.1309, 0.6607, 0.9409, 1.0513, 0.7717, 1.1117),
     "lambda": 1.4983,
     "t": 0.3019,
 }
@@ -109,6 +109,8 @@ def settings_of(method: Method, case: Case) -> Settings:
     each: dict[str, tuple[Value | None, ...]] = {}
     for param in method.params:
         value = case.parameters.get(param.name, _unless_given(param))
+        if not param.vectors and case.inputs[0].dim() < 2:
+            value = param.default
         if param.per_model:
             count = len(case.models)
             each[param.name] = value[:count] if isinstance(value, tuple) else (value,) * count

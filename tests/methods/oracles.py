@@ -137,6 +137,13 @@ def dare_ties(given: Given) -> Expected:
     return _elected(given, _rescaled(given, [_drawn(given, i) for i in range(len(given.models))]))
 
 
+def hi_merging(given: Given) -> Expected:
+    """Trim each delta to its largest entries, scale it, add up; with a sign consensus, merge what agrees."""
+    pruned = _rescaled(given, [_largest(given, i) for i in range(len(given.models))])
+    sparse = [scale * delta for scale, delta in zip(given.numbers("scale"), pruned, strict=True)]
+    return _elected(given, sparse) if given.shared["sign_consensus"] else _summed(given, sparse)
+
+
 ORACLES: dict[str, Callable[[Given], Expected]] = {
     "linear": linear,
     "passthrough": passthrough,
@@ -145,6 +152,7 @@ ORACLES: dict[str, Callable[[Given], Expected]] = {
     "ties": ties,
     "dare_linear": dare_linear,
     "dare_ties": dare_ties,
+    "hi_merging": hi_merging,
 }
 
 # --- the parts of the task-vector family -----------------------------------------------------------------------------

@@ -49,10 +49,10 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "t 1": {"t": 1.0},
     "t below 0": {"t": -0.5},
     "t above 1": {"t": 1.6},
-    "scale 0": {"scale": (0.0,)},
-    "scale 1": {"scale": (1.0,)},
-    "scale 2": {"scale": (2.0,)},
-    "negative scale": {"scale": (-2.0,)},
+    "scale 0": {"scale": 0.0},
+    "scale 1": {"scale": 1.0},
+    "scale 2": {"scale": 2.0},
+    "negative scale": {"scale": -2.0},
 }
 
 

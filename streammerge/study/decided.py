@@ -1,0 +1,65 @@
+"""The recipe an analysis ends with: an ordinary one, which a person can read, edit and run without data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from streammerge.plan.recipe import Recipe, resolve_model
+
+
+def decided_recipe(recipe: Recipe, parameters: Sequence[Mapping[str, Any]], comments: Mapping[str, str],
+                   heading: Sequence[str], out: Path) -> str:  # fmt: skip
+    """The text of the recipe at `out`. `parameters` are one map per model; `comments` belong to filters.
+
+    Keys of the analysis are left out, everything else is as in `recipe`. Models are named so that they are found from
+    where the new recipe lies.
+    """
+    content = yaml.safe_load(recipe.text)
+    lines = [f"# {line}".rstrip() for line in heading]
+    lines.append("merge_method: hi_merging")
+    if recipe.base is not None:
+        lines.append(_field("base_model", _reference(recipe.base.model, recipe.path, out)))
+    lines.append("models:")
+    for source, own in zip(recipe.models, parameters, strict=True):
+        lines += [f"  - {_field('model', _reference(source.model, recipe.path, out))}", "    parameters:"]
+        for name, value in own.items():
+            if not isinstance(value, list):
+                lines.append(f"      {_field(name, value)}")
+                continue
+            lines.append(f"      {name}:")
+            for entry in value:
+                text = f"        - {_flow(entry)}"
+                comment = comments.get(str(entry.get("filter")))
+                lines.append(text if comment is None else f"{text}  # {comment}")
+    shared = {
+        name: value
+        for name, value in (content.get("parameters") or {}).items()
+        if name not in ("weight", "density", "scale")
+    }
+    if shared:
+        lines.append(_field("parameters", shared))
+    for key in ("dtype", "out_dtype", "tokenizer_source"):
+        if key in content:
+            lines.append(_field(key, content[key]))
+    return "\n".join(lines) + "\n"
+
+
+def _reference(model: str, recipe: Path, out: Path) -> str:
+    """How the recipe at `out` names a model of `recipe`: as it was where that is found, else by its full path."""
+    if Path(model).expanduser().is_absolute() or out.parent.resolve() == recipe.parent.resolve():
+        return model
+    return os.fspath(resolve_model(model, recipe).resolve())
+
+
+def _field(name: str, value: Any) -> str:
+    return f"{name}: {_flow(value)}"
+
+
+def _flow(value: Any) -> str:
+    text: str = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")

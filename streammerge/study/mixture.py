@@ -1,0 +1,233 @@
+"""Hi-Merging's models: which part of which specialist is in a merge, and how strongly.
+
+A `Group` is what decisions are made about: the tensors of one block, or the attention or the rest of one, or what lies
+outside the blocks. A `Mixture` says for every group and model how it is treated; a `Family` makes variants and recipes
+of mixtures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+from streammerge.kernels.contract import Settings
+from streammerge.plan.names import layer_of
+from streammerge.plan.plan import Plan, TensorPlan, with_settings
+from streammerge.study.network import Network
+from streammerge.study.variants import Shelf, Variant, Version, make_version
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What becomes of a model's delta in a group: factors on its stage-1 density and scale. A scale of 0 drops it."""
+
+    density: float = 1.0
+    scale: float = 1.0
+
+    @property
+    def label(self) -> str:
+        """`keep`, `drop`, `half`, or the factors."""
+        known = {KEEP: "keep", DROP: "drop", HALF: "half"}
+        factors = f"density × {self.density:g}, scale × {self.scale:g}"
+        return known.get(self, f"scale × {self.scale:g}" if self.density == 1 else factors)
+
+
+KEEP, DROP, HALF = Treatment(), Treatment(1.0, 0.0), Treatment(0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that are decided about together. `filters` name them, and no other, in a recipe."""
+
+    label: str
+    names: tuple[str, ...]
+    filters: tuple[str, ...]
+    is_layer: bool
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A merge of models: stage-1 density, scale and weight per model, and treatments (groups, models)."""
+
+    density: tuple[float, ...]
+    scale: tuple[float, ...]
+    weight: tuple[float, ...]
+    parts: tuple[tuple[Treatment, ...], ...]
+
+    def with_part(self, group: int, model: int, treatment: Treatment) -> Mixture:
+        """One model treated otherwise in one group."""
+        row = list(self.parts[group])
+        row[model] = treatment
+        return replace(self, parts=(*self.parts[:group], tuple(row), *self.parts[group + 1 :]))
+
+    def without(self, group: int) -> Mixture:
+        """All deltas of a group left out."""
+        row = (DROP,) * len(self.weight)
+        return replace(self, parts=(*self.parts[:group], row, *self.parts[group + 1 :]))
+
+    def only(self, group: int) -> Mixture:
+        """The base with the deltas of one group."""
+        nothing = (DROP,) * len(self.weight)
+        return replace(self, parts=tuple(row if i == group else nothing for i, row in enumerate(self.parts)))
+
+    def with_weight(self, weight: Sequence[float]) -> Mixture:
+        return replace(self, weight=tuple(weight))
+
+
+class Family:
+    """All mixtures of one recipe's models: their variants, and the parameters that write one down."""
+
+    def __init__(self, plan: Plan, network: Network, shelf: Shelf, *, split_blocks: bool, outside: bool) -> None:
+        """`plan` is of the method hi_merging; its parameters are replaced. `outside` makes layers of what is none."""
+        self._plan, self._shelf = plan, shelf
+        units = network.units_of(tensor.name for tensor in plan.tensors)
+        # A tensor that the network does not know has no score; it is merged like what lies outside.
+        self._units = [
+            [tensor for tensor in plan.tensors if unit in units[tensor.name]] for unit in range(network.num_units)
+        ]
+        self.groups = _groups(plan.tensors, units, network.num_units, split_blocks, outside)
+        self._group_of = {name: i for i, group in enumerate(self.groups) for name in group.names}
+        self._inputs = [shelf.add(checkpoint) for checkpoint in plan.checkpoints]
+        self._versions: dict[Any, Version] = {}
+
+    @property
+    def models(self) -> list[str]:
+        return [source.model for source in self._plan.recipe.models]
+
+    @property
+    def layers(self) -> list[int]:
+        """The groups that are analysed."""
+        return [i for i, group in enumerate(self.groups) if group.is_layer]
+
+    def mixture(self, density: Sequence[float], scale: Sequence[float], weight: Sequence[float]) -> Mixture:
+        """Every group of every model kept."""
+        parts = ((KEEP,) * len(self.models),) * len(self.groups)
+        return Mixture(tuple(density), tuple(scale), tuple(weight), parts)
+
+    def variant(self, mixture: Mixture, name: str) -> Variant:
+        """The model of a mixture."""
+        return Variant(name, tuple(self._version(unit, mixture) for unit in range(len(self._units))))
+
+    def equal_models(self) -> list[list[int]]:
+        """Models whose files hold the same bytes, as lists of their numbers; the tensors are read for it."""
+        numbers = list(range(len(self.models)))
+        same = {(i, j) for i in numbers for j in numbers if i < j}
+        for tensor in self._plan.tensors:
+            if not same:
+                break
+            everything = replace(tensor, action="merge")
+            version = make_version(self._plan, [everything], self._inputs, self._shelf)
+            self._shelf.load([version])
+            same = {
+                (i, j) for i, j in same if self._shelf.equal([tensor.name], self._inputs[i + 1], self._inputs[j + 1])
+            }
+            self._shelf.forget()
+        groups: list[list[int]] = []
+        for i in numbers:
+            mine = next((group for group in groups if (group[0], i) in same), None)
+            if mine is None:
+                groups.append([i])
+            else:
+                mine.append(i)
+        return groups
+
+    def stored(self, group: int) -> Iterator[list[Tensor]]:
+        """The inputs of every tensor of a group, base first, (blocks, BLOCK) as stored; one tensor at a time."""
+        wanted = set(self.groups[group].names)
+        for tensor in self._plan.tensors:
+            if tensor.name not in wanted or tensor.elements == 0 or tensor.action == "equal":
+                continue
+            version = make_version(self._plan, [replace(tensor, action="merge")], self._inputs, self._shelf)
+            self._shelf.load([version])
+            yield [self._shelf.stored(number, tensor.name) for number in self._inputs]
+            self._shelf.forget()
+
+    def parameters(self, mixture: Mixture, model: int) -> dict[str, Any]:
+        """The parameters of one model in a recipe of this mixture."""
+        density: list[dict[str, Any]] = []
+        scale: list[dict[str, Any]] = []
+        for group, row in zip(self.groups, mixture.parts, strict=True):
+            treatment = row[model]
+            for text in group.filters:
+                if treatment.density != 1:
+                    density.append({"filter": text, "value": mixture.density[model] * treatment.density})
+                if treatment.scale != 1:
+                    scale.append({"filter": text, "value": mixture.scale[model] * treatment.scale})
+        return {
+            "weight": mixture.weight[model],
+            "density": [*density, {"value": mixture.density[model]}] if density else mixture.density[model],
+            "scale": [*scale, {"value": mixture.scale[model]}] if scale else mixture.scale[model],
+        }
+
+    def _version(self, unit: int, mixture: Mixture) -> Version:
+        groups = sorted({self._group_of[tensor.name] for tensor in self._units[unit]})
+        key = (unit, mixture.density, mixture.scale, mixture.weight, tuple(mixture.parts[i] for i in groups))
+        if key not in self._versions:
+            made: dict[tuple[int, bool], Settings] = {}
+            tensors = [self._tensor(tensor, mixture, made) for tensor in self._units[unit]]
+            self._versions[key] = make_version(self._plan, tensors, self._inputs, self._shelf)
+        return self._versions[key]
+
+    def _tensor(self, tensor: TensorPlan, mixture: Mixture, made: dict[tuple[int, bool], Settings]) -> TensorPlan:
+        group, vector = self._group_of[tensor.name], len(tensor.shape) < 2
+        if (group, vector) not in made:
+            rows = list(zip(mixture.parts[group], mixture.density, mixture.scale, strict=True))
+            density = tuple(1.0 if vector else own * part.density for part, own, _ in rows)
+            scale = tuple(own * part.scale for part, _, own in rows)
+            made[group, vector] = Settings(
+                tensor.settings.shared,
+                {**tensor.settings.models, "weight": mixture.weight, "density": density, "scale": scale},
+            )
+        return with_settings(tensor, self._plan.method, made[group, vector])
+
+
+def _groups(tensors: Sequence[TensorPlan], units: Mapping[str, tuple[int, ...]], num_units: int, split_blocks: bool,
+            outside: bool) -> list[Group]:  # fmt: skip
+    names = [tensor.name for tensor in tensors]
+    groups = []
+    for unit in range(1, num_units - 1):
+        here = [name for name in names if units[name] == (unit,)]
+        parts: dict[str, list[str]] = {}
+        for name in here:
+            parts.setdefault(_part(name) if split_blocks else "block", []).append(name)
+        for part, members in parts.items():
+            label = _prefix(here[0]).rstrip(".") + ("" if part == "block" else f" {part}")
+            groups.append(Group(label, tuple(members), _filters(members, names), is_layer=True))
+    inside = {name for group in groups for name in group.names}
+    rest = [name for name in names if name not in inside]
+    places: dict[str, list[str]] = {}
+    for name in rest:
+        place = "front" if 0 in units[name] else "back" if units[name] else "unused"
+        places.setdefault(place if outside else "outside", []).append(name)
+    for place, members in places.items():
+        groups.append(Group(place, tuple(members), tuple(members), outside and place != "unused"))
+    return groups
+
+
+def _part(name: str) -> Literal["attention", "rest"]:
+    child = name[len(_prefix(name)) :].split(".", 1)[0]
+    return "attention" if "attn" in child.replace("layernorm", "") or child == "attention" else "rest"
+
+
+def _prefix(name: str) -> str:
+    """`model.layers.3.` of `model.layers.3.mlp.up_proj.weight`."""
+    layer = layer_of(name)
+    if layer is None:
+        return ""
+    stack, index = layer
+    return f"{stack}.{index}." if stack else f"{index}."
+
+
+def _filters(members: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+    """Few texts that every member contains and no other tensor does: a block's prefix, its children, or names."""
+    wanted = set(members)
+    prefix = _prefix(members[0])
+    children = dict.fromkeys(prefix + name[len(prefix) :].split(".", 1)[0] + "." for name in members)
+    for texts in ((prefix,), tuple(children)):
+        found = {name for name in names if any(text in name for text in texts)}
+        if found == wanted:
+            return texts
+    return tuple(members)

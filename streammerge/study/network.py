@@ -1,0 +1,348 @@
+"""A causal language model without weights, run piece by piece: front, one block after the other, back.
+
+Any model of `transformers` will do whose blocks sit in one `ModuleList`. It is built empty; the weights of one piece
+at a time are put in and taken out again. The model's own forward makes the masks, positions and rotary tables and calls
+its own blocks: a block's `forward` is replaced on the spot, so that it hands out what it was called with or passes on
+hidden states that were computed before.
+
+    front    embeddings: hidden states of a batch
+    block i  hidden states in, hidden states out
+    back     final norm and head: logits, at chosen positions only
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from streammerge.base.errors import InputError, UserError
+from streammerge.study.batches import Batch
+
+# Layers that take a mask and positions as they are given, so that choices can share a prompt.
+_MASKED = {"full_attention", "sliding_attention"}
+
+
+class _Enough(Exception):
+    """Ends a forward once its last block was called."""
+
+
+class Network:
+    """The empty model of one checkpoint directory, and the weights that are in it now."""
+
+    def __init__(self, directory: Path, device: torch.device) -> None:
+        """Build it from `config.json`. Raises InputError or UserError when there is no model to run in it."""
+        self.model = _build(directory)
+        self.device = device
+        self._directory = directory
+        stack, blocks = _find_blocks(self.model, directory)
+        self.stack = stack
+        self._blocks: list[nn.Module] = list(blocks)
+        # What the blocks do when the model's forward calls them; every thread has its own.
+        self._handlers = threading.local()
+        for i, block in enumerate(self._blocks):
+            self._take_over(i, block)
+        self._own = [type(block).forward for block in self._blocks]
+        self._names = _Names(self.model)
+        self._accepts = set(inspect.signature(type(self.model).forward).parameters)
+        for buffer in self.model.buffers():
+            buffer.data = buffer.data.to(device)
+        self._front_modules = self._modules_before_the_blocks()
+
+    def twin(self) -> Network:
+        """Another empty model of the same kind."""
+        return Network(self._directory, self.device)
+
+    @property
+    def num_units(self) -> int:
+        """Front, blocks, back."""
+        return len(self._blocks) + 2
+
+    @property
+    def config(self) -> Any:
+        return self.model.config.get_text_config()
+
+    @property
+    def width(self) -> int:
+        """Values of a hidden state."""
+        size: int = self.config.hidden_size
+        return size
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the context, where the configuration says."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that a sliding layer sees, or None."""
+        return getattr(self.config, "sliding_window", None)
+
+    @property
+    def can_share_prompts(self) -> bool:
+        """Whether the model does as told by positions and a mask for every pair of tokens (up to `window` tokens)."""
+        kinds = set(getattr(self.config, "layer_types", None) or ["full_attention"])
+        return "position_ids" in self._accepts and kinds <= _MASKED and not getattr(self.config, "alibi", False)
+
+    def units_of(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """For each tensor of a checkpoint the units that need it; () for one that the model does not know.
+
+        Raises UserError when the checkpoint lacks a parameter of the model.
+        """
+        units: dict[str, tuple[int, ...]] = {}
+        found: set[str] = set()
+        for name in names:
+            targets = self._names.targets(name)
+            found |= targets
+            units[name] = tuple(sorted({unit for target in targets for unit in self._units(target)}))
+        missing = [name for name in self._names.needed if name not in found]
+        if missing:
+            listing = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            raise UserError(f"{type(self.model).__name__} needs {listing}, which the checkpoint does not hold.")
+        return units
+
+    def unit_label(self, unit: int) -> str:
+        """`front`, `model.layers.3` or `back`."""
+        return "front" if unit == 0 else "back" if unit == self.num_units - 1 else f"{self.stack}.{unit - 1}"
+
+    def parameters_of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The model's parameters from tensors as a checkpoint names them, in float32 on the device."""
+        wide = {name: tensor.to(self.device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+                for name, tensor in tensors.items()}  # fmt: skip
+        return self._names.convert(wide)
+
+    def put(self, parameters: Mapping[str, Tensor]) -> None:
+        """Put the parameters of a unit in."""
+        for name, value in parameters.items():
+            self._names.put(name, value)
+
+    def take_out(self) -> None:
+        """Leave every parameter outside the blocks as zeros that take no memory, and those of the blocks empty."""
+        for name, shape in self._names.shapes.items():
+            if name.startswith(f"{self.stack}."):
+                self._names.put(name, torch.empty(shape, device="meta"))
+            else:
+                self._names.put(name, torch.zeros((), device=self.device).expand(shape))
+
+    def embed(self, batch: Batch) -> Tensor:
+        """(rows, width, hidden) what the first block gets. The front's weights must be in."""
+        return self.call(batch, 0)[0]
+
+    def call(self, batch: Batch, block: int) -> tuple[Tensor, dict[str, Any]]:
+        """What `block` is called with in a forward of `batch`: hidden states (of the front alone), and the rest."""
+        caught: list[tuple[Tensor, dict[str, Any]]] = []
+
+        def catch(i: int, hidden: Tensor, rest: dict[str, Any]) -> Tensor:
+            if i == block:
+                caught.append((hidden, rest))
+                raise _Enough
+            return hidden
+
+        self._handlers.now = catch
+        try:
+            self._forward(batch)
+        except _Enough:
+            return caught[0]
+        raise UserError(f"{type(self.model).__name__} never calls its block {block}; it cannot be run piece by piece.")
+
+    def run_block(self, block: int, hidden: Tensor, rest: dict[str, Any]) -> Tensor:
+        """(rows, width, hidden) after a block, whose weights must be in."""
+        out = self._own[block](self._blocks[block], hidden, **rest)
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(positions, vocabulary) of hidden states (positions, hidden) after the last block, the back's weights in.
+
+        Norm and head see each position for itself, so any positions may go together.
+        """
+        positions = len(hidden)
+
+        def give(i: int, passing: Tensor, rest: dict[str, Any]) -> Tensor:
+            return hidden[None] if i == len(self._blocks) - 1 else passing
+
+        self._handlers.now = give
+        nothing = torch.zeros(1, positions, dtype=torch.int64, device=self.device)
+        given = {"input_ids": nothing, "attention_mask": torch.ones_like(nothing)}
+        if "position_ids" in self._accepts:
+            given["position_ids"] = nothing
+        out = self.model(**given, use_cache=False)
+        logits: Tensor = out.logits[0]
+        return logits
+
+    def _forward(self, batch: Batch) -> Any:
+        return self.model(**self.arguments(batch), use_cache=False)
+
+    def arguments(self, batch: Batch) -> dict[str, Tensor]:
+        """What the model's forward takes for a batch."""
+        given = {"input_ids": batch.ids.to(self.device), "attention_mask": batch.attention_mask().to(self.device)}
+        if batch.branches is not None:
+            given["position_ids"] = batch.positions.to(self.device)
+        return given
+
+    def _units(self, target: str) -> tuple[int, ...]:
+        if target.startswith(f"{self.stack}."):
+            return (int(target[len(self.stack) + 1 :].split(".", 1)[0]) + 1,)
+        before = any(target.startswith(f"{module}.") for module in self._front_modules)
+        tied = any(source == target for source in self._names.tied.values())
+        return (0, self.num_units - 1) if before and tied else (0,) if before else (self.num_units - 1,)
+
+    def _modules_before_the_blocks(self) -> tuple[str, ...]:
+        """The modules with parameters that a forward calls before its first block."""
+        called: list[str] = []
+        hooks = []
+        for name, module in self.model.named_modules():
+            if (
+                name
+                and not f"{name}.".startswith(f"{self.stack}.")
+                and next(module.parameters(recurse=False), None) is not None
+            ):
+                hooks.append(module.register_forward_pre_hook(lambda *_, name=name: called.append(name)))
+        self.take_out()
+        try:
+            with torch.inference_mode():
+                ids = torch.zeros(1, 2, dtype=torch.int64)
+                self.call(Batch(ids, ids, None, (2,), ()), 0)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return tuple(dict.fromkeys(called))
+
+    def _take_over(self, i: int, block: nn.Module) -> None:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            names = [name for name in inspect.signature(type(block).forward).parameters if name != "self"]
+            rest = dict(zip(names[1:], args, strict=False)) | kwargs
+            return self._handlers.now(i, hidden_states, rest)
+
+        block.forward = forward
+
+
+class _Names:
+    """How a checkpoint's tensors become the model's parameters: transformers' own renamings and conversions."""
+
+    def __init__(self, model: Any) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        self._model = model
+        transforms = get_model_conversion_mapping(model)
+        self._renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        self._converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+        self._by_pattern = {pattern: one for one in self._converters for pattern in one.source_patterns}
+        self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        # Target and source of tied parameters; where nothing is tied, the map is empty.
+        self.tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
+        self._meta = dict(model.state_dict())
+        self._owners = {name: _owner(model, name) for name in self.shapes}
+
+    @property
+    def needed(self) -> list[str]:
+        """Parameters that a checkpoint must give."""
+        return [name for name, _ in self._model.named_parameters() if name not in self.tied]
+
+    def targets(self, name: str) -> set[str]:
+        """The parameters that a tensor of a checkpoint goes into."""
+        target, pattern = self._renamed(name)
+        if target not in self.shapes or target in self.tied:
+            return set()
+        if pattern is None:
+            return {target}
+        first, *others = self._by_pattern[pattern].target_patterns
+        return {target, *(target.replace(first, other) for other in others)} & set(self.shapes)
+
+    def convert(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters by name."""
+        parameters: dict[str, Tensor] = {}
+        collecting: dict[str, Any] = {}
+        for name, tensor in sorted(tensors.items(), key=lambda item: _natural(item[0])):
+            target, pattern = self._renamed(name)
+            if target not in self.shapes or target in self.tied:
+                continue
+            if pattern is None:
+                parameters[target] = tensor
+                continue
+            if target not in collecting:
+                collecting[target] = copy.deepcopy(self._by_pattern[pattern])
+            collecting[target].add_tensor(target, name, pattern, tensor)
+        for target, converter in collecting.items():
+            made = converter.convert(target, model=self._model, config=self._model.config)
+            parameters |= {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
+        return parameters
+
+    def put(self, name: str, value: Tensor) -> None:
+        for alias in (name, *(target for target, source in self.tied.items() if source == name)):
+            owner, attribute = self._owners[alias]
+            if attribute in owner._parameters:
+                owner._parameters[attribute] = nn.Parameter(value, requires_grad=False)
+            else:
+                owner._buffers[attribute] = value
+
+    def _renamed(self, name: str) -> tuple[str, str | None]:
+        from transformers.core_model_loading import rename_source_key
+
+        prefix = self._model.base_model_prefix
+        target, pattern = rename_source_key(name, self._renamings, self._converters, prefix, self._meta)
+        if target not in self.shapes and name in self.shapes:
+            target, pattern = rename_source_key(name, [], [], prefix, self._meta)
+        return target, pattern
+
+
+def _build(directory: Path) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(directory)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    except OSError as error:
+        raise InputError(f"{directory}: holds no config.json that transformers reads: {_first_line(error)}") from None
+    except ValueError as error:
+        raise UserError(f"{directory}: cannot be run as a causal language model: {_first_line(error)}") from None
+    architectures = getattr(config, "architectures", None) or [type(model).__name__]
+    if type(model).__name__ not in architectures:
+        raise UserError(
+            f"{directory}: is a {architectures[0]}; models are run as causal language models only "
+            f"({type(model).__name__} here). Encoders and other heads are not supported."
+        )
+    model.eval()
+    return model
+
+
+def _find_blocks(model: Any, directory: Path) -> tuple[str, nn.ModuleList]:
+    """The one ModuleList that is as long as the configuration says the model is deep."""
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    fitting = [(name, module) for name, module in lists if len(module) == depth]
+    outer = [
+        (name, module)
+        for name, module in fitting
+        if not any(name.startswith(f"{other}.") for other, _ in fitting if other != name)
+    ]
+    if len(outer) != 1:
+        found = ", ".join(f"{name} ({len(module)})" for name, module in lists if name.count(".") < 3) or "none"
+        raise UserError(
+            f"{directory}: the blocks of {type(model).__name__} are not found: expected one ModuleList of "
+            f"{depth} (num_hidden_layers), found {found}."
+        )
+    return outer[0]
+
+
+def _owner(model: Any, name: str) -> tuple[nn.Module, str]:
+    path, _, attribute = name.rpartition(".")
+    return model.get_submodule(path), attribute
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    """Sorts numbers in names as numbers: experts are collected in their order."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no reason given"])[0]

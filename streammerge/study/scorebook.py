@@ -1,0 +1,93 @@
+"""What every variant said to every task, kept in a file as it comes, so that a killed analysis goes on.
+
+A line is a checksum and JSON, as in the journal of a merge; what follows a damaged line is not trusted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streammerge.storage.sink import translate
+
+
+@dataclass(frozen=True)
+class Score:
+    """Per example: the log-probability of each choice, and the mean distance (KL) from a reference, where asked for."""
+
+    log_probs: tuple[tuple[float, ...], ...]
+    distances: tuple[float, ...] = ()
+
+
+class Scorebook:
+    """Scores by key, in memory and in a file. Owns its descriptor."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._scores: dict[str, Score] = {}
+        self._descriptor: int | None = None
+        self._path = path
+        if path is None:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            sound = self._read(path.read_bytes())
+            os.ftruncate(self._descriptor, sound)
+            os.lseek(self._descriptor, sound, os.SEEK_SET)
+        except OSError as error:
+            raise translate(path, error) from error
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._scores
+
+    def __getitem__(self, key: str) -> Score:
+        return self._scores[key]
+
+    def __len__(self) -> int:
+        return len(self._scores)
+
+    def add(self, key: str, score: Score) -> None:
+        """Remember a score; it is safe on disk after the next `sync`."""
+        self._scores[key] = score
+        if self._descriptor is None:
+            return
+        fields = {"key": key, "log_probs": score.log_probs, "distances": score.distances}
+        text = json.dumps(fields, separators=(",", ":")).encode()
+        line = b"%08x %s\n" % (zlib.crc32(text), text)
+        try:
+            while line:
+                line = line[os.write(self._descriptor, line) :]
+        except OSError as error:
+            assert self._path is not None
+            raise translate(self._path, error) from error
+
+    def sync(self) -> None:
+        if self._descriptor is not None:
+            os.fdatasync(self._descriptor)
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _read(self, content: bytes) -> int:
+        sound = 0
+        for line in content.splitlines(keepends=True):
+            fields = _fields(line)
+            if fields is None:
+                break
+            log_probs = tuple(tuple(map(float, values)) for values in fields["log_probs"])
+            self._scores[fields["key"]] = Score(log_probs, tuple(map(float, fields["distances"])))
+            sound += len(line)
+        return sound
+
+
+def _fields(line: bytes) -> dict[str, Any] | None:
+    if not line.endswith(b"\n") or line[8:9] != b" " or b"%08x" % zlib.crc32(line[9:-1]) != line[:8]:
+        return None
+    content: dict[str, Any] = json.loads(line[9:-1])
+    return content

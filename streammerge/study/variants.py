@@ -1,0 +1,194 @@
+"""Models that are never written: each unit's tensors as a recipe would make them, made when asked for and forgotten.
+
+A `Variant` is one version for every unit of a network (front, blocks, back). Versions with the same key have the same
+bits, whichever recipe they come from, so variants share what they have in common.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import xxhash
+from torch import Tensor
+
+from streammerge.base.dtypes import DTYPES
+from streammerge.kernels.chance import stream_key
+from streammerge.kernels.contract import Method, Settings
+from streammerge.kernels.dtypes import torch_dtype
+from streammerge.kernels.whole import Finder, merge_whole, pad
+from streammerge.plan.plan import Plan, TensorPlan
+from streammerge.storage.checkpoint import Checkpoint
+from streammerge.storage.source import Source
+
+
+@dataclass(frozen=True)
+class Version:
+    """One unit's tensors as one recipe makes them. `inputs` number the checkpoints of a shelf, the base first."""
+
+    method: Method
+    tensors: tuple[TensorPlan, ...]
+    inputs: tuple[int, ...]
+    has_base: bool
+    seed: int
+    key: str
+
+    def reads(self) -> Iterable[tuple[int, TensorPlan, int]]:
+        """Every input tensor that is needed: its checkpoint, the tensor's plan, and the number of the input in it."""
+        for tensor in self.tensors:
+            for i in tensor.read_inputs:
+                yield self.inputs[i], tensor, i
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model that could be written: a name for people, and one version per unit."""
+
+    name: str
+    versions: tuple[Version, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """Equal for variants of equal weights."""
+        return xxhash.xxh3_128_hexdigest(" ".join(version.key for version in self.versions).encode())
+
+
+class Shelf:
+    """The checkpoints that variants are made of. Owns the open files, and the tensors of the unit in work."""
+
+    def __init__(self, find: Finder) -> None:
+        self._find = find
+        self._numbers: dict[str, int] = {}
+        self._sources: list[Source] = []
+        self._identities: list[str] = []
+        self._loaded: dict[tuple[int, str], Tensor] = {}
+        self.bytes_read = 0
+
+    def add(self, checkpoint: Checkpoint) -> int:
+        """The number of a checkpoint; it is opened the first time. Raises InputError when it changed."""
+        path = str(checkpoint.path.resolve())
+        if path not in self._numbers:
+            self._sources.append(Source(checkpoint))
+            self._numbers[path] = len(self._sources) - 1
+            files = [[file.name, file.size, file.mtime_ns, file.header] for file in checkpoint.files]
+            self._identities.append(xxhash.xxh3_128_hexdigest(repr((path, files)).encode()))
+        return self._numbers[path]
+
+    def identity(self, number: int) -> str:
+        """Names a checkpoint's content: its files with their sizes, times and headers."""
+        return self._identities[number]
+
+    def load(self, versions: Iterable[Version]) -> None:
+        """Read every tensor that `versions` need, once each."""
+        for version in versions:
+            for number, tensor, i in version.reads():
+                spec = tensor.inputs[i]
+                if (number, tensor.name) in self._loaded:
+                    continue
+                rows, width = pad(spec.elements)
+                values = torch.zeros(rows, width, dtype=torch_dtype(spec.dtype))
+                # Through bytes: numpy knows no bfloat16.
+                view = memoryview(values.view(-1).view(torch.uint8).numpy().data)[: spec.nbytes]
+                self._sources[number].read_into(view, spec.file, spec.offset)
+                self._loaded[number, tensor.name] = values
+                self.bytes_read += spec.nbytes
+
+    def make(self, version: Version, pool: Executor) -> dict[str, Tensor]:
+        """The tensors of a version, in the dtypes of its recipe's output. What it needs must have been loaded."""
+        made = pool.map(lambda tensor: self._make(version, tensor), version.tensors)
+        return {tensor.name: values for tensor, values in zip(version.tensors, made, strict=True)}
+
+    def stored(self, number: int, name: str) -> Tensor:
+        """A loaded tensor of a checkpoint, in its padded buffer."""
+        return self._loaded[number, name]
+
+    def equal(self, tensors: Iterable[str], first: int, second: int) -> bool:
+        """Whether two checkpoints hold the same bytes, as far as both are loaded."""
+        return all(
+            torch.equal(self._loaded[first, name].view(torch.uint8), self._loaded[second, name].view(torch.uint8))
+            for name in tensors
+            if (first, name) in self._loaded and (second, name) in self._loaded
+        )
+
+    def forget(self) -> None:
+        """Give the memory of the loaded tensors back."""
+        self._loaded.clear()
+
+    def check_unchanged(self) -> None:
+        """Raise InputError if an input changed since it was opened."""
+        for source in self._sources:
+            source.check_unchanged()
+
+    def close(self) -> None:
+        for source in self._sources:
+            source.close()
+
+    def _make(self, version: Version, tensor: TensorPlan) -> Tensor:
+        with torch.inference_mode():
+            return self._make_here(version, tensor)
+
+    def _make_here(self, version: Version, tensor: TensorPlan) -> Tensor:
+        def stored(i: int) -> Tensor:
+            return self._loaded[version.inputs[i], tensor.name]
+
+        if tensor.action != "merge" or tensor.elements == 0:
+            flat = stored(tensor.source).view(-1)[: tensor.elements]
+        else:
+            keys = [stream_key(version.seed, tensor.name, i) for i in range(len(version.inputs) - version.has_base)]
+            flat = merge_whole(
+                version.method, tensor.settings, [stored(i) for i in range(len(version.inputs))], tensor.elements,
+                has_base=version.has_base, work=torch_dtype(tensor.work), out=torch_dtype(tensor.dtype),
+                stream_keys=keys, find=self._find,
+            )  # fmt: skip
+        return flat.view(tensor.shape)
+
+
+def variant_of(name: str, plan: Plan, shelf: Shelf, units: Mapping[str, tuple[int, ...]], num_units: int) -> Variant:
+    """The model that a plan would write. `units` says which units need a tensor."""
+    inputs = [shelf.add(checkpoint) for checkpoint in plan.checkpoints]
+    groups: list[list[TensorPlan]] = [[] for _ in range(num_units)]
+    for tensor in plan.tensors:
+        for unit in units.get(tensor.name, ()):
+            groups[unit].append(tensor)
+    return Variant(name, tuple(make_version(plan, group, inputs, shelf) for group in groups))
+
+
+def make_version(plan: Plan, tensors: Sequence[TensorPlan], inputs: Sequence[int], shelf: Shelf) -> Version:
+    """A version of some of a plan's tensors."""
+    method = plan.method
+    hashing = xxhash.xxh3_128()
+    texts: dict[int, str] = {}
+    for tensor in tensors:
+        if tensor.action != "merge":
+            part = f"copy {tensor.name} {tensor.dtype} {shelf.identity(inputs[tensor.source])}"
+        else:
+            settings = texts.setdefault(id(tensor.settings), _settings_text(tensor.settings))
+            part = f"merge {tensor.name} {tensor.dtype} {tensor.work} {settings}"
+        hashing.update(part.encode("utf-8", "surrogatepass"))
+    if any(tensor.action == "merge" for tensor in tensors):
+        identities = [shelf.identity(number) for number in inputs]
+        hashing.update(f"{method.name} {plan.seed} {plan.has_base} {identities}".encode())
+    return Version(method, tuple(tensors), tuple(inputs), plan.has_base, plan.seed, hashing.hexdigest())
+
+
+def version_bytes(versions: Iterable[Version]) -> tuple[int, int]:
+    """What a unit takes: bytes of the inputs of all `versions`, and of the largest of them when made.
+
+    Made, a version is in memory as its recipe's output and once more in float32.
+    """
+    inputs = {
+        (number, tensor.name): -(-tensor.inputs[i].nbytes // 65536) * 65536
+        for version in versions
+        for number, tensor, i in version.reads()
+    }
+    made = [
+        sum(tensor.elements * (DTYPES[tensor.dtype].itemsize + 4) for tensor in version.tensors) for version in versions
+    ]
+    return sum(inputs.values()), max(made, default=0)
+
+
+def _settings_text(settings: Settings) -> str:
+    return repr((sorted(settings.shared.items()), sorted(settings.models.items())))

@@ -1,0 +1,160 @@
+"""What scoring unwritten models needs: network, tokenizer, shelf of checkpoints, scorebook, and memory to work in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from streammerge.base.errors import InputError, TaskError
+from streammerge.kernels.compiled import (
+    BYTES_TO_COMPILE,
+    SECONDS_TO_COMPILE,
+    Run,
+    Signature,
+    compiler_missing,
+    default_cache,
+)
+from streammerge.kernels.contract import Program
+from streammerge.kernels.whole import Finder
+from streammerge.plan.plan import Plan
+from streammerge.run.compiling import Compile, programs_of
+from streammerge.run.gpu import choose_device
+from streammerge.run.memory import memory_limit, processors, usage
+from streammerge.study.batches import TaskBatches, make_batches
+from streammerge.study.network import Network
+from streammerge.study.scorebook import Scorebook
+from streammerge.study.scoring import Scoring
+from streammerge.study.sweep import Sweeper
+from streammerge.study.tasks import Split, Task
+from streammerge.study.variants import Shelf
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """Where and how models are run: none of it changes a score, but for the device."""
+
+    max_memory: int | None = None
+    device: str = "auto"
+    threads: int | None = None
+    compile: Compile = "auto"
+    spill: Path | None = None
+    seed: int = 0
+    strict: bool = False
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A split of a task, tokenised, and how it is scored."""
+
+    task: Task
+    split: Split
+    batches: TaskBatches
+    scoring: Scoring
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """Everything a sweep works with."""
+
+    network: Network
+    tokenizer: Any
+    shelf: Shelf
+    book: Scorebook
+    sweeper: Sweeper
+
+    def prepare(self, task: Task, which: Literal["dev", "test"]) -> TaskData:
+        """Tokenise a split. Raises TaskError."""
+        split = task.dev if which == "dev" else task.test
+        if split is None:
+            raise TaskError(str(task.dev.path), [f"task {task.name} has no {which} file"])
+        longest = self.network.longest
+        batches = make_batches(
+            task, split, self.tokenizer, shares_prompts=self.network.can_share_prompts, longest=longest
+        )
+        window = self.network.window
+        if window is not None and self.network.can_share_prompts and _longest(batches) > window:
+            # A mask of our own would let a sliding layer see beyond its window.
+            batches = make_batches(task, split, self.tokenizer, shares_prompts=False, longest=longest)
+        return TaskData(task, split, batches, Scoring(task, split, batches))
+
+
+@contextmanager
+def open_workbench(directory: Path, options: StudyOptions, *, book: Path | None, stopping: Callable[[], bool],
+                   progress: Callable[[float, float], None], note: Callable[[str], None],
+                   plans: Sequence[Plan], versions: int) -> Iterator[Workbench]:  # fmt: skip
+    """A workbench for models of the architecture and vocabulary of `directory`.
+
+    `versions` is about how many models will be made of each of the `plans`: it decides whether compiling pays.
+    Raises InputError, UserError.
+    """
+    device = choose_device(options.device)
+    threads = options.threads or processors()
+    # The pool is the parallelism: torch's own threads spin, and their number would decide the last bits of sums.
+    torch.set_num_threads(1)
+    limit, _ = memory_limit(options.max_memory)
+    find = _finder(plans, versions, options, limit, note)
+    with ExitStack() as stack:
+        tokenizer = _tokenizer(directory)
+        network = Network(directory, device)
+        shelf = Shelf(find)
+        stack.callback(shelf.close)
+        scores = Scorebook(book)
+        stack.callback(scores.close)
+        pool = stack.enter_context(ThreadPoolExecutor(threads, "study", torch.set_num_threads, (1,)))
+        reserve = max(limit // 20, 64 * MIB)
+        sweeper = Sweeper(
+            network, shelf, scores, limit - reserve - usage().resident, limit, options.spill, stopping, progress,
+            pool, threads,
+        )  # fmt: skip
+        yield Workbench(network, tokenizer, shelf, scores, sweeper)
+
+
+def _tokenizer(directory: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{directory}: holds no tokenizer that transformers reads: {error}") from None
+
+
+def _finder(plans: Sequence[Plan], versions: int, options: StudyOptions, limit: int,
+            note: Callable[[str], None]) -> Finder:  # fmt: skip
+    """Compiled programs, where they are or are worth making."""
+    if options.compile == "off":
+        return lambda program, signature: None
+    cache = default_cache()
+    wanted: dict[tuple[Program, Signature], int] = {}
+    for plan in plans:
+        for pair, count in programs_of(plan, plan.tensors).items():
+            wanted[pair] = wanted.get(pair, 0) + count * versions
+    missing = [pair for pair in wanted if not cache.package(*pair).exists()]
+    saved = sum(wanted[pair] * pair[0].eager_ns for pair in missing) * 1e-9
+    pays = saved > len(missing) * SECONDS_TO_COMPILE
+    if missing and limit >= BYTES_TO_COMPILE and compiler_missing() is None and (pays or options.compile == "on"):
+        note(
+            f"compiling {len(missing)} programs once for this machine, about {len(missing) * SECONDS_TO_COMPILE:.0f} s"
+        )
+        if (failure := cache.build(missing)) is not None:
+            note(f"compiling failed ({failure}); running uncompiled, which is slower and gives the same bits")
+    threads = options.threads or processors()
+    loaded: dict[tuple[Program, Signature], Run | None] = {}
+
+    def find(program: Program, signature: Signature) -> Run | None:
+        if (program, signature) not in loaded:
+            loaded[program, signature] = cache.load(program, signature, threads)
+        return loaded[program, signature]
+
+    return find
+
+
+def _longest(batches: TaskBatches) -> int:
+    return max(int(batch.positions.max()) + 1 for batch in batches.batches)
