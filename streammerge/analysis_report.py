@@ -65,11 +65,14 @@ def analysis_tables(findings: Findings) -> dict[str, Table]:
 
 
 def cost_text(facts: SweepFacts) -> str:
-    """What the sweeps cost, and what scoring every model for itself would have cost."""
+    """What the sweeps of this run cost, and what scoring every model for itself would have cost."""
+    if facts.jobs == 0:
+        return "nothing: every score was known from an earlier run"
+    passes = f"{facts.waves} pass{'es'[: 2 * (facts.waves > 1)]} over the weights"
     return (
-        f"{facts.jobs:,} scores of unwritten models in {facts.waves} passes over the weights, {facts.seconds:.0f} s; "
-        f"{facts.unit_loads:,} block loads ({facts.plain_loads:,} one by one), {facts.block_forwards:,} block forwards "
-        f"({facts.plain_forwards:,} one by one)"
+        f"{facts.jobs:,} scores of unwritten models in {passes}, {facts.seconds:.0f} s; "
+        f"{facts.unit_loads:,} block loads ({facts.plain_loads:,} one by one), "
+        f"{facts.block_forwards:,} block forwards ({facts.plain_forwards:,} one by one)"
     )
 
 
@@ -119,7 +122,7 @@ def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def score_table(rows: Sequence[Row], tasks: Sequence[str]) -> Table:
-    """A row per model and split: per task P and accuracy with their 95 % intervals, and the mean accuracy."""
+    """A row per model and split: per task P and accuracy ± half their 95 % intervals, and the mean accuracy."""
     with_accuracy = [i for i in range(len(tasks)) if any(row.accuracy[i] is not None for row in rows)]
     heading = ["model", "split"]
     for i, task in enumerate(tasks):
@@ -223,4 +226,4 @@ def _estimate(estimate: Estimate) -> dict[str, float]:
 
 def _with_interval(estimate: Estimate) -> str:
     low, high = estimate.interval
-    return f"{estimate.value:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{estimate.value:.3f} ± {(high - low) / 2:.3f}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 # One tensor of several blocks, one of an odd size, a vector, a scalar, and two layers for gradients.
@@ -79,3 +79,13 @@ def write_recipe(path: Path, method: str, models: Sequence[Path | str], *, base:
     ]
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
+
+
+def read_tensors(path: Path) -> dict[str, bytes]:
+    """The bytes of every tensor of a checkpoint, with dtype and shape, by the library's reader."""
+    tensors: dict[str, bytes] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            values = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            tensors[name] = f"{tensor.dtype} {tuple(tensor.shape)} ".encode() + values
+    return tensors

@@ -43,6 +43,8 @@ def merge_whole(method: Method, settings: Settings, inputs: Sequence[Tensor], el
     `inputs` are as stored, base first, each in a buffer of the shape of `pad`, filled up with zeros. `find` gives
     compiled programs where there are any.
     """
+    if elements == 0:
+        return torch.empty(0, dtype=out)
     signature = Signature(work, tuple(stored.dtype for stored in inputs), has_base, None)
     runner = _Runner(inputs, elements, signature, stream_keys, find)
     measuring = method.measure(Problem(elements, signature.models, settings, work))

@@ -323,7 +323,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(asked)
     except Stopped:
         names = ", ".join(signal.Signals(number).name for number in asked[:1])
-        raise Stopped(f"Stopped by {names}. Finished tensors are saved: run the same command again to go on.") from None
+        raise Stopped(f"Stopped by {names}. What is finished is saved: run the same command again to go on.") from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -182,12 +182,20 @@ def _prompt_text(example: Example, tokenizer: Any) -> tuple[str, bool]:
         return example.prompt, True
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("has messages, and the model has no chat template; give a prompt")
+    # Imported here: it is there where models are run.
+    from jinja2 import TemplateError
+
     messages = [{"role": role, "content": content} for role, content in example.prompt]
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ValueError(f"the model's chat template refuses the messages: {error}") from None
     return text, False
 
 
 def _encode(tokenizer: Any, text: str, special: bool) -> list[int]:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("holds half a surrogate pair (\\ud800 to \\udfff), which is no text")
     ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
     return ids
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from streammerge.plan.analysis import AnalysisOptions
 from streammerge.study.contribution import Contribution
 from streammerge.study.findings import Findings, Step
@@ -23,6 +25,8 @@ from streammerge.study.scoring import Estimate, half_of
 _GUARDED = (DROP, HALF, Treatment(1.0, 0.75), Treatment(1.0, 1.3))
 _GRID = (DROP, Treatment(1.0, 0.5), Treatment(1.0, 0.75), Treatment(1.0, 1.3))
 _HELD_BACK = 4
+# A step that promises less, summed over the tasks in shares of their gains, is not worth a score.
+_LEAST_GAIN = 0.001
 
 
 def decide(judge: Judge, findings: Findings, options: AnalysisOptions, before: Sequence[Mixture],
@@ -114,22 +118,31 @@ def _guarded(judge: Judge, findings: Findings, options: AnalysisOptions, tell: C
     tell(f"trying {len(actions)} single actions")
     judge.ask_all([start, *(action.mixture for action in actions)])
     findings.candidates = [_step(judge, _label(findings, action), action.mixture, start, None) for action in actions]
-    ordered = _in_order(judge, findings, actions)
+    moves = _chain(judge, findings, actions)
     prefixes = [start]
-    for action in ordered:
-        prefixes.append(prefixes[-1].with_part(action.layer, action.model, action.treatment))
+    for move in moves:
+        mixture = prefixes[-1]
+        for action in move:
+            mixture = mixture.with_part(action.layer, action.model, action.treatment)
+        prefixes.append(mixture)
     tell(f"scoring {len(prefixes)} nested steps")
     judge.ask_all(prefixes)
-    labels = ["nothing", *(f"+ {_label(findings, action)}" for action in ordered)]
+    labels = ["nothing", *("+ " + ", ".join(_label(findings, action) for action in move) for move in moves)]
     steps = [_step(judge, label, mixture, start, None) for label, mixture in zip(labels, prefixes, strict=True)]
     findings.prefixes = steps
     chosen = _shortest_best(judge, steps, prefixes)
     findings.result = prefixes[chosen]
     findings.verdict = (
-        f"{chosen} change{'s'[: chosen != 1]} of {len(ordered)} that promised something on the dev data"
+        f"{_changed(findings)} changes, the first {chosen} of {len(moves)} steps that promised a gain on the dev data"
         if chosen
         else "no change holds on the dev data without hurting a task: the stage-1 merge is kept"
     )
+
+
+def _changed(findings: Findings) -> int:
+    """How many layers of how many models are treated otherwise than at the start."""
+    rows = zip(findings.result.parts, findings.start.parts, strict=True)
+    return sum(mine != first for row, old in rows for mine, first in zip(row, old, strict=True))
 
 
 @dataclass(frozen=True)
@@ -146,31 +159,44 @@ def _label(findings: Findings, action: _Action) -> str:
     return f"{findings.groups[action.layer]}: {action.treatment.label} {findings.models[action.model]}"
 
 
-def _in_order(judge: Judge, findings: Findings, actions: Sequence[_Action]) -> list[_Action]:
-    """Actions to take one after the other, as far as single effects add up: each time the one that gains most without
-    leaving a task worse off than at the start. At most one for a layer and model; it ends when nothing gains."""
-    tasks = range(len(judge.tasks))
-    effects = {
-        action: [
-            (judge.p(action.mixture, task) - judge.p(findings.start, task)).value / judge.units[task] for task in tasks
-        ]
-        for action in actions
-    }
-    ordered: list[_Action] = []
-    reached = [0.0] * len(judge.tasks)
+def _chain(judge: Judge, findings: Findings, actions: Sequence[_Action]) -> list[list[_Action]]:
+    """Moves to make one after the other, as far as single effects add up.
+
+    Each is the one action, or the two, that gain most without leaving a task worse off than at the start, in P or in
+    accuracy. Two, because what one action takes from a task another may give back. At most one for a layer and model.
+    """
+    effects = np.array([_effects(judge, findings.start, action.mixture) for action in actions])
+    places = np.array([action.layer * len(findings.models) + action.model for action in actions])
+    gains = effects[:, : len(judge.tasks)].sum(1)
+    first, second = np.triu_indices(len(actions))
+    # An action with itself is a move of one.
+    apart = (first == second) | (places[first] != places[second])
+    first, second = first[apart], second[apart]
+    single = first == second
+    move_effects = effects[first] + np.where(single, 0.0, 1.0)[:, None] * effects[second]
+    move_gains = gains[first] + np.where(single, 0.0, gains[second])
+    reached = np.zeros(effects.shape[1])
+    free = np.ones(len(first), np.bool_)
+    moves: list[list[_Action]] = []
     while True:
-        taken = {(action.layer, action.model) for action in ordered}
-        possible = [
-            action
-            for action in actions
-            if (action.layer, action.model) not in taken
-            and sum(effects[action]) > 0
-            and all(now + effect >= 0 for now, effect in zip(reached, effects[action], strict=True))
-        ]
-        if not possible:
-            return ordered
-        ordered.append(max(possible, key=lambda action: sum(effects[action])))
-        reached = [now + effect for now, effect in zip(reached, effects[ordered[-1]], strict=True)]
+        possible = free & (move_gains > _LEAST_GAIN) & (reached + move_effects >= -1e-12).all(1)
+        if not possible.any():
+            return moves
+        best = int(np.where(possible, move_gains, -np.inf).argmax())
+        chosen = sorted({int(first[best]), int(second[best])})
+        moves.append([actions[i] for i in chosen])
+        reached = reached + move_effects[best]
+        free &= ~np.isin(places[first], places[chosen]) & ~np.isin(places[second], places[chosen])
+
+
+def _effects(judge: Judge, start: Mixture, mixture: Mixture) -> list[float]:
+    """What a mixture changes: P of every task in units of its gain, then the accuracies."""
+    tasks = range(len(judge.tasks))
+    changes = [(judge.p(mixture, task) - judge.p(start, task)).value / judge.units[task] for task in tasks]
+    for task in tasks:
+        mine, first = judge.accuracy(mixture, task), judge.accuracy(start, task)
+        changes.append(0.0 if mine is None or first is None else mine.value - first.value)
+    return changes
 
 
 def _shortest_best(judge: Judge, steps: Sequence[Step], mixtures: Sequence[Mixture]) -> int:

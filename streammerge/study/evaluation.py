@@ -57,6 +57,7 @@ def evaluate(recipes: Sequence[Path], tasks_file: Path, which: Which, options: S
         data = [bench.prepare(task, which) for task in tasks]
         variants: dict[str, Variant] = {}
         for name, plan in plans.items():
+            bench.network.check_shapes({tensor.name: tensor.shape for tensor in plan.tensors})
             units = bench.network.units_of(tensor.name for tensor in plan.tensors)
             variants[name] = variant_of(name, plan, bench.shelf, units, bench.network.num_units)
         observer.stage(f"scoring {len(variants)} models on {len(data)} tasks")

@@ -83,6 +83,7 @@ class Family:
     def __init__(self, plan: Plan, network: Network, shelf: Shelf, *, split_blocks: bool, outside: bool) -> None:
         """`plan` is of the method hi_merging; its parameters are replaced. `outside` makes layers of what is none."""
         self._plan, self._shelf = plan, shelf
+        network.check_shapes({tensor.name: tensor.shape for tensor in plan.tensors})
         units = network.units_of(tensor.name for tensor in plan.tensors)
         # A tensor that the network does not know has no score; it is merged like what lies outside.
         self._units = [

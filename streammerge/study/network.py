@@ -23,7 +23,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from streammerge.base.errors import InputError, UserError
+from streammerge.base.errors import InputError, ShapeMismatch, UserError
 from streammerge.study.batches import Batch
 
 # Layers that take a mask and positions as they are given, so that choices can share a prompt.
@@ -108,9 +108,17 @@ class Network:
             raise UserError(f"{type(self.model).__name__} needs {listing}, which the checkpoint does not hold.")
         return units
 
-    def unit_label(self, unit: int) -> str:
-        """`front`, `model.layers.3` or `back`."""
-        return "front" if unit == 0 else "back" if unit == self.num_units - 1 else f"{self.stack}.{unit - 1}"
+    def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise ShapeMismatch when tensors of these names are not of the shapes the model has."""
+        wrong = self._names.misshapen(shapes)
+        if wrong:
+            name, found, expected = wrong[0]
+            more = f" So do {len(wrong) - 1} more tensors." if len(wrong) > 1 else ""
+            raise ShapeMismatch(
+                f"{name} is {list(found)}, and the {type(self.model).__name__} of {self._directory} has "
+                f"{list(expected)} there.{more} Models that are scored together are of one architecture, size and "
+                f"vocabulary."
+            )
 
     def parameters_of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The model's parameters from tensors as a checkpoint names them, in float32 on the device."""
@@ -257,6 +265,15 @@ class _Names:
         first, *others = self._by_pattern[pattern].target_patterns
         return {target, *(target.replace(first, other) for other in others)} & set(self.shapes)
 
+    def misshapen(self, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+        """Names whose shape is not that of the parameter they become as they are, with both shapes."""
+        wrong = []
+        for name, shape in shapes.items():
+            target, pattern = self._renamed(name)
+            if pattern is None and target in self.shapes and tuple(self.shapes[target]) != shape:
+                wrong.append((name, shape, tuple(self.shapes[target])))
+        return wrong
+
     def convert(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parameters by name."""
         parameters: dict[str, Tensor] = {}
@@ -272,8 +289,17 @@ class _Names:
                 collecting[target] = copy.deepcopy(self._by_pattern[pattern])
             collecting[target].add_tensor(target, name, pattern, tensor)
         for target, converter in collecting.items():
-            made = converter.convert(target, model=self._model, config=self._model.config)
-            parameters |= {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
+            try:
+                made = converter.convert(target, model=self._model, config=self._model.config)
+            except RuntimeError:
+                made = {}
+            ready = {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
+            if not ready or any(value.shape != self.shapes[key] for key, value in ready.items()):
+                raise UserError(
+                    f"{type(self._model).__name__} needs {target}, of the shape {list(self.shapes[target])}, and the "
+                    f"checkpoint's tensors do not make that: does it lack some of them?"
+                )
+            parameters |= ready
         return parameters
 
     def put(self, name: str, value: Tensor) -> None:
@@ -295,13 +321,16 @@ class _Names:
 
 
 def _build(directory: Path) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if not (directory / "config.json").is_file():
+        raise InputError(f"{directory}: holds no config.json, which says what model it is.")
     try:
         config = AutoConfig.from_pretrained(directory)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
-    except OSError as error:
+    except (OSError, StrictDataclassError) as error:
         raise InputError(f"{directory}: holds no config.json that transformers reads: {_first_line(error)}") from None
     except ValueError as error:
         raise UserError(f"{directory}: cannot be run as a causal language model: {_first_line(error)}") from None

@@ -173,6 +173,8 @@ def _check(metric: str, task: Task, split: Split) -> None:
         problem = f"{metric} needs choices with an answer"
     elif metric == "answer_log_likelihood" and first.answer is None:
         problem = "answer_log_likelihood needs completions, or choices with an answer"
+    elif metric == "perplexity" and first.choices and first.answer is None:
+        problem = "perplexity needs completions, choices with an answer, or bare prompts"
     elif metric == "kl" and task.model is None:
         problem = "kl compares with the task's specialist: name its model"
     if problem is not None:
@@ -185,8 +187,10 @@ def _own_metric(name: str, split: Split) -> Callable[[Example, Outcome], Any]:
         sys.path.insert(0, here)
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, SyntaxError, TypeError, ValueError) as error:
         raise TaskError(str(split.path), [f"the metric {name} cannot be imported: {error}"]) from None
+    if not callable(function):
+        raise TaskError(str(split.path), [f"the metric {name} cannot be called: it is {function!r:.40}"])
     return function  # type: ignore[no-any-return]
 
 

@@ -74,7 +74,8 @@ class Streams:
             content = json.loads((self._folder / _DONE).read_text())
         except ValueError:
             return 0
-        return int(content["unit"]) + 1 if content.get("wave") == identity else 0
+        known = isinstance(content, dict) and content.get("wave") == identity
+        return int(content["unit"]) + 1 if known else 0
 
     def close(self) -> None:
         """Remove everything."""

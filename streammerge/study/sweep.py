@@ -29,13 +29,14 @@ from streammerge.base.units import format_size
 from streammerge.study.batches import Batch, TaskBatches
 from streammerge.study.network import Network
 from streammerge.study.reading import LOGITS_AT_ONCE, Reading, as_score, read_batch
-from streammerge.study.scorebook import Scorebook
+from streammerge.study.scorebook import Score, Scorebook
 from streammerge.study.streams import Streams
 from streammerge.study.variants import Shelf, Variant, Version, version_bytes
 
 MIB = 1 << 20
-# An allowance for the temporaries of making a version eagerly (kernels/whole.py).
-_MAKING_BYTES = 64 * MIB
+# An allowance for the temporaries of making a version eagerly, as kernels/whole.py does: so many of a piece of at most
+# 4 blocks, in float32.
+_MAKING_TEMPORARIES, _MAKING_ELEMENTS = 64, 4 * 65536
 
 
 @dataclass(frozen=True)
@@ -180,21 +181,26 @@ class Sweeper:
 
     def _fixed_bytes(self, jobs: Sequence[Job]) -> int:
         """Weights and temporaries, whatever the number of streams."""
-        largest = 0
+        weights = piece = 0
         for unit in range(self.network.num_units):
-            versions = {job.variant.versions[unit].key: job.variant.versions[unit] for job in jobs}
+            variants = [variant for job in jobs for variant in (job.variant, job.reference) if variant is not None]
+            versions = {variant.versions[unit].key: variant.versions[unit] for variant in variants}
             inputs, made = version_bytes(versions.values())
             twice = 2 if any(job.reference for job in jobs) and unit == self.network.num_units - 1 else 1
-            largest = max(largest, inputs + made * twice)
-        tokens = max(batch.ids.numel() for job in jobs for batch in job.task.batches)
-        length = max(batch.ids.shape[1] for job in jobs for batch in job.task.batches)
-        config = self.network.config
-        inner = 4 * self.network.width
-        inner = max([inner, *(int(size) for name in ("intermediate_size", "n_inner", "ffn_dim")
-                              if (size := getattr(config, name, None)))])  # fmt: skip
-        heads = int(getattr(config, "num_attention_heads", 1))
-        temporaries = self.threads * 4 * tokens * (4 * inner + 8 * self.network.width + 2 * heads * length)
-        return largest + temporaries + self.threads * 4 * 4 * LOGITS_AT_ONCE + self.threads * _MAKING_BYTES
+            weights = max(weights, inputs + made * twice)
+            elements = [tensor.elements for version in versions.values() for tensor in version.tensors]
+            piece = max(piece, min(_MAKING_ELEMENTS, max(elements, default=0)))
+        batches = [batch for job in jobs for batch in job.task.batches]
+        tokens = max(batch.ids.numel() for batch in batches)
+        config, width = self.network.config, self.network.width
+        inner = max(
+            4 * width,
+            *(int(getattr(config, name, None) or 0) for name in ("intermediate_size", "n_inner", "ffn_dim")),
+        )
+        scores = 2 * int(getattr(config, "num_attention_heads", 1)) * max(batch.ids.shape[1] for batch in batches)
+        forward = 4 * tokens * (4 * inner + 8 * width + scores)
+        logits = 16 * min(LOGITS_AT_ONCE, int(config.vocab_size) * max(len(batch.wanted) for batch in batches))
+        return weights + self.threads * (max(forward, logits) + 4 * _MAKING_TEMPORARIES * piece)
 
     def _run(self, wave: Wave) -> Iterator[float]:
         """Sweep one wave; yields the cost of what was just done."""
@@ -209,10 +215,12 @@ class Sweeper:
                 self.network.take_out()
                 versions = {step.version.key: step.version for step in wave.steps[unit]}
                 before = self.shelf.bytes_read
-                self.shelf.load(versions.values())
+                read = [*versions.values()]
+                if unit == last:
+                    read += [job.reference.versions[last] for job in wave.jobs if job.reference is not None]
+                self.shelf.load(read)
                 self.facts.bytes_read += self.shelf.bytes_read - before
-                self.facts.unit_loads += len({number for version in versions.values()
-                                              for number, _, _ in version.reads()})  # fmt: skip
+                self.facts.unit_loads += len({number for version in read for number, _, _ in version.reads()})
                 if unit == last:
                     yield from self._run_back(wave, streams, versions)
                 else:
@@ -264,6 +272,8 @@ class Sweeper:
                 streams.drop(step.parent, number)
 
     def _run_back(self, wave: Wave, streams: Streams, versions: dict[str, Version]) -> Iterator[float]:
+        # What spilled belongs to all jobs of the wave: were some of them in the book, the rest would begin anew.
+        held: list[tuple[str, Score]] = []
         for key, version in versions.items():
             self.network.put(self.network.parameters_of(self.shelf.make(version, self.pool)))
             for i, job in enumerate(wave.jobs):
@@ -283,8 +293,13 @@ class Sweeper:
                         return read_batch(self.network, batch, hidden, other, reference)
 
                 readings = list(self.pool.map(read, *zip(*enumerate(job.task.batches), strict=True)))
-                self.book.add(job.key, as_score(job.task, readings))
+                if self.spill is None:
+                    self.book.add(job.key, as_score(job.task, readings))
+                else:
+                    held.append((job.key, as_score(job.task, readings)))
                 yield float(job.task.num_tokens)
+        for name, score in held:
+            self.book.add(name, score)
         self.book.sync()
 
     def _check_stop(self) -> None:
@@ -324,7 +339,7 @@ def _split(items: Sequence[tuple[Job, int]], count: int) -> list[list[tuple[Job,
     groups: list[list[tuple[Job, int]]] = [[]]
     taken = 0
     for item in items:
-        if groups[-1] and taken >= total * len(groups) / count:
+        if groups[-1] and len(groups) < count and taken >= total * len(groups) / count:
             groups.append([])
         groups[-1].append(item)
         taken += item[1]

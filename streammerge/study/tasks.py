@@ -11,6 +11,7 @@ Everything that is wrong with all files is one error, line by line.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,8 +156,9 @@ def _read_split(path: Path, problems: list[str]) -> Split:
             problems.append(f"{path}: larger than {_MAX_BYTES} bytes; some hundred lines are enough")
             return Split(path, ())
         lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        problems.append(f"{path}: the examples cannot be read: {error.strerror}")
+    except (OSError, ValueError) as error:
+        # A ValueError: no file can have such a name.
+        problems.append(f"{path}: the examples cannot be read: {getattr(error, 'strerror', error)}")
         return Split(path, ())
     known = len(problems)
     examples = []
@@ -242,7 +244,8 @@ def _messages(content: Any) -> tuple[tuple[str, str], ...]:
 
 def _find(name: str, origin: Path) -> Path:
     """Relative to the file that names it."""
-    path = Path(name).expanduser()
+    # Not Path.expanduser, which raises where there is no such user.
+    path = Path(os.path.expanduser(name))  # noqa: PTH111
     return path if path.is_absolute() else origin.parent / path
 
 

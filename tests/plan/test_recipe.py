@@ -381,3 +381,42 @@ def test_a_model_name_that_no_disk_can_hold_is_not_there(tmp_path: Path) -> None
     for name in ("a\0b", "x" * 300, "~nobody-of-this-name/x"):
         with pytest.raises(InputError, match="is not there"):
             resolve_model(name, tmp_path / "r.yaml")
+
+
+ANALYSED = """merge_method: hi_merging
+base_model: base
+models: [{model: a}, {model: b}]
+"""
+
+
+def test_a_recipe_with_tasks_is_to_be_analysed() -> None:
+    recipe = parse_recipe(ANALYSED + "tasks: [{name: t, model: a, dev: t.jsonl}]\n", Path("r.yaml"))
+    assert recipe.is_analysed
+    assert recipe.decisions == "guarded"
+    assert recipe.analysis.errors is None
+    assert not parse_recipe(ANALYSED, Path("r.yaml")).is_analysed
+
+
+def test_options_of_the_analysis_are_checked_by_name_and_value() -> None:
+    text = ANALYSED + "tasks: []\ndecisions: bold\nanalysis: {wieghts: sum, rounds: 0}\n"
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(text, Path("r.yaml"))
+    problems = "\n".join(caught.value.problems)
+    assert "line 5: decisions" in problems
+    assert "line 6: analysis.wieghts" in problems
+    assert "line 6: analysis.rounds" in problems
+
+
+def test_tasks_of_another_method_are_a_warning() -> None:
+    recipe = parse_recipe(ANALYSED.replace("hi_merging", "ties") + "tasks: []\n", Path("r.yaml"))
+    assert any("only hi_merging is analysed" in warning for warning in recipe.warnings)
+
+
+def test_tasks_and_proxy_exclude_each_other() -> None:
+    with pytest.raises(RecipeError, match="exclude each other"):
+        parse_recipe(ANALYSED + "tasks: []\nproxy: weights\n", Path("r.yaml"))
+
+
+def test_decisions_without_tasks_are_a_warning() -> None:
+    recipe = parse_recipe(ANALYSED + "decisions: paper\n", Path("r.yaml"))
+    assert any("no effect without tasks" in warning for warning in recipe.warnings)
