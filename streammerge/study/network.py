@@ -30,8 +30,16 @@ from streammerge.study.batches import Batch
 _MASKED = {"full_attention", "sliding_attention"}
 
 
+# Two tokens, to see how a model calls its blocks.
+_PROBE = Batch(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int64), None, (2,), ())
+
+
 class _Enough(Exception):
     """Ends a forward once its last block was called."""
+
+
+class _Extra:
+    """Stands for what a block returns besides hidden states, where those are passed on without running it."""
 
 
 class Network:
@@ -47,6 +55,8 @@ class Network:
         self._blocks: list[nn.Module] = list(blocks)
         # What the blocks do when the model's forward calls them; every thread has its own.
         self._handlers = threading.local()
+        # The type and length of what a block returns, unless it is hidden states alone.
+        self._returned: tuple[type[Any], int] | None = None
         for i, block in enumerate(self._blocks):
             self._take_over(i, block)
         self._own = [type(block).forward for block in self._blocks]
@@ -55,6 +65,8 @@ class Network:
         for buffer in self.model.buffers():
             buffer.data = buffer.data.to(device)
         self._front_modules = self._modules_before_the_blocks()
+        self._returned = self._form_returned()
+        self._check_flow()
 
     def twin(self) -> Network:
         """Another empty model of the same kind."""
@@ -89,7 +101,9 @@ class Network:
     def can_share_prompts(self) -> bool:
         """Whether the model does as told by positions and a mask for every pair of tokens (up to `window` tokens)."""
         kinds = set(getattr(self.config, "layer_types", None) or ["full_attention"])
-        return "position_ids" in self._accepts and kinds <= _MASKED and not getattr(self.config, "alibi", False)
+        # GPT-Neo's local layers count columns, whatever the positions.
+        own = getattr(self.config, "alibi", False) or "local" in (getattr(self.config, "attention_layers", None) or ())
+        return "position_ids" in self._accepts and kinds <= _MASKED and not own
 
     def units_of(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
         """For each tensor of a checkpoint the units that need it; () for one that the model does not know.
@@ -133,11 +147,14 @@ class Network:
 
     def take_out(self) -> None:
         """Leave every parameter outside the blocks as zeros that take no memory, and those of the blocks empty."""
+        self._empty(0.0)
+
+    def _empty(self, outside: float) -> None:
         for name, shape in self._names.shapes.items():
             if name.startswith(f"{self.stack}."):
                 self._names.put(name, torch.empty(shape, device="meta"))
             else:
-                self._names.put(name, torch.zeros((), device=self.device).expand(shape))
+                self._names.put(name, torch.full((), outside, device=self.device).expand(shape))
 
     def embed(self, batch: Batch) -> Tensor:
         """(rows, width, hidden) what the first block gets. The front's weights must be in."""
@@ -163,7 +180,7 @@ class Network:
     def run_block(self, block: int, hidden: Tensor, rest: dict[str, Any]) -> Tensor:
         """(rows, width, hidden) after a block, whose weights must be in."""
         out = self._own[block](self._blocks[block], hidden, **rest)
-        result: Tensor = out[0] if isinstance(out, tuple) else out
+        result: Tensor = out[0] if isinstance(out, tuple | list) else out
         return result
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -174,15 +191,16 @@ class Network:
         positions = len(hidden)
 
         def give(i: int, passing: Tensor, rest: dict[str, Any]) -> Tensor:
-            return hidden[None] if i == len(self._blocks) - 1 else passing
+            return hidden[:, None] if i == len(self._blocks) - 1 else passing
 
         self._handlers.now = give
-        nothing = torch.zeros(1, positions, dtype=torch.int64, device=self.device)
+        # Rows of one token: there may be more positions than a context has.
+        nothing = torch.zeros(positions, 1, dtype=torch.int64, device=self.device)
         given = {"input_ids": nothing, "attention_mask": torch.ones_like(nothing)}
         if "position_ids" in self._accepts:
             given["position_ids"] = nothing
         out = self.model(**given, use_cache=False)
-        logits: Tensor = out.logits[0]
+        logits: Tensor = out.logits[:, 0]
         return logits
 
     def _forward(self, batch: Batch) -> Any:
@@ -216,8 +234,7 @@ class Network:
         self.take_out()
         try:
             with torch.inference_mode():
-                ids = torch.zeros(1, 2, dtype=torch.int64)
-                self.call(Batch(ids, ids, None, (2,), ()), 0)
+                self.call(_PROBE, 0)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -227,9 +244,43 @@ class Network:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             names = [name for name in inspect.signature(type(block).forward).parameters if name != "self"]
             rest = dict(zip(names[1:], args, strict=False)) | kwargs
-            return self._handlers.now(i, hidden_states, rest)
+            passed = self._handlers.now(i, hidden_states, rest)
+            if self._returned is None:
+                return passed
+            kind, length = self._returned
+            return kind([passed, *(_Extra() for _ in range(length - 1))])
 
         block.forward = forward
+
+    def _form_returned(self) -> tuple[type[Any], int] | None:
+        """What a block's own forward returns, found without weights."""
+        with torch.inference_mode():
+            hidden, rest = self.call(_PROBE, 0)
+            block = copy.deepcopy(self._blocks[0]).to("meta")
+            try:
+                out = self._own[0](block, _without_values(hidden), **_without_values(rest))
+            except Exception:  # noqa: BLE001 - what looks at values (a router) has none here; such blocks return one tensor
+                return None
+        return (type(out), len(out)) if isinstance(out, tuple | list) else None
+
+    def _check_flow(self) -> None:
+        """Raise UserError when a block needs more of what is before it than hidden states: it would not get that."""
+        last = len(self._blocks) - 1
+        found = []
+        try:
+            with torch.inference_mode():
+                for outside in (0.0, 1.0):
+                    self._empty(outside)
+                    found.append(self.call(_PROBE, last)[1])
+            alike = _alike(*found)
+        except Exception:  # noqa: BLE001 - whatever a model does with what a block did not return
+            alike = False
+        self.take_out()
+        if not alike:
+            raise UserError(
+                f"{self._directory}: the blocks of {type(self.model).__name__} hand each other more than hidden "
+                f"states; it cannot be run piece by piece."
+            )
 
 
 class _Names:
@@ -361,6 +412,28 @@ def _find_blocks(model: Any, directory: Path) -> tuple[str, nn.ModuleList]:
             f"{depth} (num_hidden_layers), found {found}."
         )
     return outer[0]
+
+
+def _without_values(content: Any) -> Any:
+    """The same, its tensors on the device that has no memory."""
+    if isinstance(content, Tensor):
+        return content.to("meta")
+    if isinstance(content, dict):
+        return {key: _without_values(value) for key, value in content.items()}
+    if type(content) in (tuple, list):
+        return type(content)(_without_values(value) for value in content)
+    return content
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether all tensors in both are equal, and nothing in them is what a block would have returned."""
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return all(_alike(value, other[key]) for key, value in one.items())
+    if isinstance(one, tuple | list):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    return not isinstance(one, _Extra)
 
 
 def _owner(model: Any, name: str) -> tuple[nn.Module, str]:
