@@ -28,7 +28,7 @@ Facts = Mapping[str, Any]
 _T = TypeVar("_T")
 
 # What fits side by side on 900 pixels, and on paper.
-_TASKS_PER_TABLE = 4
+_TASKS_PER_TABLE = 3
 _MODELS_PER_TABLE = 3
 # Steps that are shown before the rest is folded away.
 _STEPS_SHOWN = 24
@@ -42,6 +42,18 @@ _MODES = {
     "searched": "a grid of changes was searched, layer after layer, as long as the dev data said that it helps",
 }
 _CASES = {"severe": "every γ beyond τ", "partial": "some γ beyond τ", "mutual gain": "no γ beyond τ"}
+_LEGEND = {
+    "α": "What a layer is worth in company: how far P falls when the changes that fine-tuning made in the layer are "
+    "deleted from the model.",
+    "β": "What it is worth alone: how far P rises above the base when only this layer's changes are added to it.",
+    "before → after": "The same in the specialist and in the merge, each for the task of that model. In the drawing a "
+    "hollow and a full dot, on a square-root scale; the thin line is zero.",
+    "γ": "What merging took from the layer: α + β before, less α + β after, as a share of what the specialist gains "
+    "over the base.{units} Orange: the layer serves the task less well in the merge. Blue: better. In brackets the "
+    "95 % interval; under it, if anything was changed, γ in the result.",
+    "τ": 'How large γ must be to count: {tau}. <span class="mark">▲</span> and a frame mark what is beyond.',
+    "Γ": "The sum of γ over the models. Under a layer's name its case; {cases}.",
+}
 _PROXY = (
     "This is a proxy. It looks at the weights alone: how much of the layers' deltas has opposite signs in different "
     "models. No data confirmed that these layers conflict, nor that treating them helps."
@@ -85,7 +97,7 @@ def _header(facts: Facts) -> str:
     equal = [
         f"The files of {_listed(group)} are equal: they count as one model." for group in facts.get("equal_models", [])
     ]
-    notes = "".join(f'<p class="warning">{_text(one)}</p>' for one in [*facts.get("warnings", []), *equal])
+    notes = "".join(f'<p class="warning">{one}</p>' for one in [*map(_text, facts.get("warnings", [])), *equal])
     return (
         f'<p class="verdict">{_text(facts.get("verdict", ""))}</p>'
         f"<p>Mode <b>{_text(mode)}</b>{about}.</p>{notes}{_models_table(facts) if models else ''}"
@@ -99,20 +111,20 @@ def _models_table(facts: Facts) -> str:
     rows = []
     for m, model in enumerate(facts["models"]):
         task = tasks.get(model)
-        about = [_text(task["name"]), _text(task["metric"]), f"{task['dev_examples']:,}"] if task else ["–"] * 3
+        about = [_text(task["name"]), _breakable(task["metric"]), f"{task['dev_examples']:,}"] if task else ["–"] * 3
         gain = f"{_number(task['gain']['value'])} {_interval(task['gain'])}" if task else "–"
         raw = " <small>raw units</small>" if task and task.get("unit") == 1.0 else ""
         chosen = [_plain(start[key][m]) if key in start else "–" for key in ("density", "scale", "weight")]
         cells = "".join(f"<td>{cell}</td>" for cell in about[:2])
         numbers = "".join(f'<td class="n">{cell}</td>' for cell in (about[2], gain + raw, *chosen))
-        rows.append(f"<tr><th>{_text(model)}</th>{cells}{numbers}</tr>")
+        rows.append(f"<tr>{_name_cell(model, model)}{cells}{numbers}</tr>")
     head = (
         '<tr><th rowspan="2">model</th><th rowspan="2">task</th><th rowspan="2">metric P</th>'
-        '<th rowspan="2" class="n">dev examples</th><th rowspan="2" class="n">gain over the base in P</th>'
+        '<th rowspan="2" class="n">dev<br>examples</th><th rowspan="2" class="n">gain in P<br>over the base</th>'
         '<th colspan="3" class="group">stage 1</th></tr>'
-        '<tr><th class="n">density p</th><th class="n">scale s</th><th class="n">weight</th></tr>'
+        '<tr><th class="n">density&nbsp;p</th><th class="n">scale&nbsp;s</th><th class="n">weight</th></tr>'
     )
-    return _table(head, rows)
+    return _table(head, rows, "models")
 
 
 def _proxy_header(facts: Facts) -> str:
@@ -131,7 +143,7 @@ def _proxy_layers(facts: Facts) -> str:
         bar = f'<span class="bar" style="width:{100 * share / most if most > 0 else 0:.1f}%"></span>'
         decision = '<b class="done">half</b>' if layer["treated"] else '<span class="quiet">keep</span>'
         rows.append(
-            f'<tr><th>{_text(layer["name"])}</th><td class="n">{_number(share, 4)}</td>'
+            f'<tr>{_name_cell(layer["name"], layer["name"])}<td class="n">{_number(share, 4)}</td>'
             f'<td class="bars">{bar}</td><td>{decision}</td></tr>'
         )
     head = '<tr><th>layer</th><th class="n">conflict mass</th><th></th><th>decision</th></tr>'
@@ -157,7 +169,7 @@ def _scores(facts: Facts) -> str:
     )
     dev = "<p>Every decision was made on these examples, so that they flatter what was chosen.</p>"
     return (
-        "<p>P is the metric of a task, larger is better. Beside each value its 95 % interval, and both as a line.</p>"
+        "<p>P is the metric of a task, larger is better. Beside each value its 95 % interval, and both as a line.</p>"
         f'<div class="split test"><h3>Test split</h3>{test}</div>'
         f'<div class="split dev"><h3>Dev data</h3>{dev}{_score_tables(by_split["dev"], facts)}</div>'
     )
@@ -185,9 +197,10 @@ def _score_tables(rows: Sequence[Facts], facts: Facts) -> str:
             if mean:
                 cells.append(f'<td class="n">{_number(_mean_accuracy(row))}</td>')
             kind = ' class="result"' if row["name"] == "Hi-Merging" else ""
-            name = short.get(row["name"], row["name"])
-            lines.append(f'<tr{kind}><th title="{_text(row["name"])}">{_text(name)}</th>{"".join(cells)}</tr>')
-        tables.append(_table(head, lines))
+            whole: str = row["name"]
+            name = _name_cell(short.get(whole, whole), whole)
+            lines.append(f"<tr{kind}>{name}{''.join(cells)}</tr>")
+        tables.append(_table(head, lines, "scores" if len(tasks) > 2 else "wide scores"))
     return "".join(tables)
 
 
@@ -195,7 +208,7 @@ def _score_cell(estimate: Facts | None, span: svg.Range, what: str) -> str:
     if estimate is None:
         return '<td class="quiet">–</td>'
     value, low, high = estimate["value"], estimate["low"], estimate["high"]
-    label = f"{what} {_number(value)}, 95 % interval {_interval(estimate)}"
+    label = f"{what} {_number(value)}, 95 % interval {_interval(estimate)}"
     return (
         f'<td class="score"><b>{_number(value)}</b> <small>{_interval(estimate)}</small>'
         f"{svg.whisker(value, low, high, span, label)}</td>"
@@ -226,7 +239,7 @@ def _layers(facts: Facts) -> str:
         heading = f"<h3>Models {part[0] + 1} to {part[-1] + 1}{of}</h3>" if of else ""
         tables.append(heading + _layer_table(layers, models, part, spans, limit))
     return (
-        f'<div class="beside"><div>{key}{overview}{"".join(tables)}</div>'
+        f'<div class="{"beside" if len(tables) == 1 else "below"}"><div>{key}{overview}{"".join(tables)}</div>'
         f"<aside><h3>How to read this</h3>{_legend(facts)}</aside></div>"
     )
 
@@ -245,7 +258,7 @@ def _layer_table(layers: Sequence[Facts], models: Sequence[str], part: Sequence[
     for layer in layers:
         cells = "".join(_gamma_cell(layer["models"][m], limit) + _contribution_cell(layer["models"][m], spans[m])
                         for m in part)  # fmt: skip
-        name = f"<th>{_text(layer['name'])}<small>{_text(layer['case'])}</small></th>"
+        name = _name_cell(layer["name"], layer["name"], f"<small>{_text(layer['case'])}</small>")
         rows.append(f'<tr>{name}{cells}<td class="n">{_signed(layer["conflict"])}</td></tr>')
     return _table(head, rows, "heat")
 
@@ -292,7 +305,7 @@ def _overview(layers: Sequence[Facts], models: Sequence[str], limit: float) -> s
         ]
         colours = [svg.diverging(one["gamma"]["value"], limit) for one in cells]
         drawn = svg.strip(colours, [one["beyond"] for one in cells], titles, f"γ of {model} by layer")
-        rows.append(f'<tr><th title="{_text(model)}">{_text(short[model])}</th><td>{drawn}</td></tr>')
+        rows.append(f"<tr>{_name_cell(short[model], model)}<td>{drawn}</td></tr>")
     ends = f"From {_text(layers[0]['name'])} on the left to {_text(layers[-1]['name'])} on the right"
     return f"<h3>All layers at a glance</h3><p>{ends}; a dark foot marks γ beyond τ.</p>{_table('', rows, 'overview')}"
 
@@ -307,20 +320,8 @@ def _legend(facts: Facts) -> str:
     raw = [task["name"] for task in facts.get("tasks", []) if task.get("unit") == 1.0]
     units = f" Raw, not a share, for {_listed(raw)}." if raw else ""
     cases = "; ".join(f"<b>{name}</b>: {what}" for name, what in _CASES.items())
-    return (
-        "<dl><dt>α</dt><dd>What a layer is worth in company: how far P falls when the changes that fine-tuning made in "
-        "the layer are deleted from the model.</dd>"
-        "<dt>β</dt><dd>What it is worth alone: how far P rises above the base when only this layer's changes are added "
-        "to it.</dd>"
-        "<dt>before → after</dt><dd>The same in the specialist and in the merge, each for the task of that model. "
-        "In the drawing a hollow and a full dot, on a square-root scale; the thin line is zero.</dd>"
-        "<dt>γ</dt><dd>What merging took from the layer: α + β before, less α + β after, as a share of what the "
-        f"specialist gains over the base.{units} Orange: the layer serves the task less well in the merge. Blue: "
-        "better. In brackets the 95 % interval; under it, if anything was changed, γ in the result.</dd>"
-        f"<dt>τ</dt><dd>How large γ must be to count: {tau}. "
-        '<span class="mark">▲</span> and a frame mark what is beyond.</dd>'
-        f"<dt>Γ</dt><dd>The sum of γ over the models. Under a layer's name its case; {cases}.</dd></dl>"
-    )
+    entries = [(sign, words.format(tau=tau, units=units, cases=cases)) for sign, words in _LEGEND.items()]
+    return f"<dl>{''.join(f'<div><dt>{sign}</dt><dd>{words}</dd></div>' for sign, words in entries)}</dl>"
 
 
 def _gamma_limit(layers: Sequence[Facts]) -> float:
@@ -357,38 +358,40 @@ def _decisions(facts: Facts) -> str:
             kind = "quiet" if one["decision"] == "keep" else "done"
             cells.append(f'<td class="{kind}"><b>{_text(one["decision"])}</b>{numbers}</td>')
         case = layer["case"]
-        hint = _CASES.get(case, "")
-        rows.append(f'<tr><th>{_text(layer["name"])}</th><td title="{hint}">{_text(case)}</td>{"".join(cells)}</tr>')
+        small = f'<small title="{_CASES.get(case, "")}">{_text(case)}</small>'
+        rows.append(f"<tr>{_name_cell(layer['name'], layer['name'], small)}{''.join(cells)}</tr>")
     changed = facts.get("changed")
     counted = f"{changed:,} of {len(layers):,} layers changed. " if changed is not None else ""
-    return f"<p>{counted}Under each decision the density p and the scale s that the merge uses there.</p>" + _table(
-        f"<tr><th>layer</th><th>case</th>{names}</tr>", rows, "decisions"
-    )
+    about = "Under each layer its case, under each decision the density p and the scale s that are used there."
+    return f"<p>{counted}{about}</p>" + _table(f"<tr><th>layer</th>{names}</tr>", rows, "decisions")
 
 
 # --- what was tried --------------------------------------------------------------------------------------------------
 
 
 def _tried(facts: Facts) -> str:
-    """Single actions, nested steps and rounds, whichever the mode has."""
+    """Nested steps, single changes and rounds, whichever the mode has."""
     parts = []
-    gain = "Gain: what the mean share of the tasks' gains rises by, ± one standard error."
     if facts.get("prefixes"):
         chosen = _chosen_step(facts)
+        marked = " The marked line is the result." if chosen is not None else ""
+        table = _step_table(facts["prefixes"], facts, chosen=chosen)
         parts.append(
-            f"<h3>Nested steps</h3><p>Each line has the changes of all lines above it, too. {gain} The marked line is "
-            f"the result.</p>{_step_table(facts['prefixes'], facts, chosen=chosen)}"
+            f"<h3>Nested steps</h3><p>Each line has the changes of all lines above it, too.{marked}</p>{table}"
         )
     if facts.get("candidates"):
         ordered = sorted(facts["candidates"], key=lambda step: -step["gain"])
         parts.append(
-            f"<h3>Single changes</h3><p>Each tried alone, the most useful first. {gain} A change that is out alone may "
-            "be part of a step in which another one makes up for it.</p>" + _folded(ordered, facts)
+            "<h3>Single changes</h3><p>Each tried alone, the most useful first. A change that is out alone may be part "
+            f"of a step in which another one makes up for it.</p>{_folded(ordered, facts)}"
         )
     if facts.get("rounds"):
-        parts.append(f"<h3>Rounds</h3><p>The search saw one part of the dev data only. {gain}</p>")
-        parts.append(_rounds(facts))
-    return "".join(parts)
+        parts.append(f"<h3>Rounds</h3><p>The search saw one part of the dev data only.</p>{_rounds(facts)}")
+    about = (
+        "<p>On the dev data. Gain: what the mean share of the tasks' gains rises by, ± one standard error. Under each "
+        "task P, and below it the accuracy if there is one.</p>"
+    )
+    return f'{about}<div class="charts">{"".join(f"<div>{part}</div>" for part in parts)}</div>' if parts else ""
 
 
 def _folded(steps: Sequence[Facts], facts: Facts) -> str:
@@ -417,12 +420,9 @@ def _rounds(facts: Facts) -> str:
 def _step_table(steps: Sequence[Facts], facts: Facts, *, scale: svg.Range | None = None,
                 chosen: int | None = None) -> str:  # fmt: skip
     scale = scale or _gain_span(steps)
+    short = _short_names(facts.get("models", []))
     tasks = [task["name"] for task in facts.get("tasks", [])]
-    with_accuracy = any(one is not None for step in steps for one in step["accuracy"])
-    with_reason = any(step.get("out") for step in steps)
-    below = "<small>P, accuracy</small>" if with_accuracy else "<small>P</small>"
-    head = "".join(f'<th class="n">{_text(name)}{below}</th>' for name in tasks)
-    reason = "<th>out, because</th>" if with_reason else ""
+    head = "".join(f'<th class="n" title="{_text(name)}">{_text(name)}</th>' for name in tasks)
     rows = []
     for i, step in enumerate(steps):
         gain, error = step["gain"], step["gain_error"]
@@ -432,13 +432,15 @@ def _step_table(steps: Sequence[Facts], facts: Facts, *, scale: svg.Range | None
         for p, accuracy in zip(step["p"], step["accuracy"], strict=True):
             small = "" if accuracy is None else f"<small>{_number(accuracy)}</small>"
             cells += f'<td class="n">{_number(p)}{small}</td>'
-        why = f'<td class="why">{_text(step.get("out") or "")}</td>' if with_reason else ""
+        why = f"<small>out: {_text(step['out'])}</small>" if step.get("out") else ""
         kind = ' class="result"' if i == chosen else ' class="out"' if step.get("out") else ""
+        number = f"{_signed(gain, 4)} <small>± {_number(error, 4)}</small>"
+        name = _name_cell(_shortened(step["label"], short), step["label"], why)
         rows.append(
-            f'<tr{kind}><th>{_text(step["label"])}</th><td class="n">{_signed(gain, 4)}<small>± {_number(error, 4)}'
-            f'</small></td><td>{line}</td><td class="n">{_number(step["score"])}</td>{cells}{why}</tr>'
+            f'<tr{kind}>{name}<td class="gain">{number}{line}</td>'
+            f'<td class="n">{_number(step["score"])}</td>{cells}</tr>'
         )
-    heading = f'<tr><th>what</th><th class="n">gain</th><th></th><th class="n">mean share</th>{head}{reason}</tr>'
+    heading = f'<tr><th>what</th><th>gain</th><th class="n">mean<br>share</th>{head}</tr>'
     return _table(heading, rows, "steps")
 
 
@@ -559,6 +561,16 @@ def _text(words: object) -> str:
     return escape(str(words))
 
 
+def _breakable(name: str) -> str:
+    """A name that may go on in the next line where a person would break it."""
+    return re.sub(r"(?<!\d)([./_-])(?!\d)", r"\1<wbr>", _text(name))
+
+
+def _name_cell(shown: str, whole: str, below: str = "") -> str:
+    """The head of a row, with the whole name under the pointer."""
+    return f'<th title="{_text(whole)}">{_breakable(shown)}{below}</th>'
+
+
 def _listed(names: Sequence[object]) -> str:
     return ", ".join(f"<b>{_text(name)}</b>" for name in names)
 
@@ -567,6 +579,13 @@ def _short_names(models: Sequence[str]) -> dict[str, str]:
     """The last part of each path, or all of it where that would not tell the models apart."""
     short = {model: PurePath(model).name or model for model in models}
     return short if len(set(short.values())) == len(short) else {model: model for model in models}
+
+
+def _shortened(label: str, short: Mapping[str, str]) -> str:
+    """A label in which models have their short names."""
+    longest_first = sorted(short, key=len, reverse=True)
+    pattern = "|".join(map(re.escape, longest_first))
+    return re.sub(pattern, lambda match: short[match.group()], label) if pattern else label
 
 
 def _number(value: float | None, decimals: int = 3) -> str:
@@ -660,7 +679,7 @@ def _draw_gamma(facts: Facts, path: Path) -> Path:
             words = f"{_signed(one['gamma']['value'])} {mark}" if few else mark
             axes.text(c, r, words, ha="center", va="center", fontsize=8 if few else 4)
     axes.set_title("γ: what merging took (▲ beyond τ)")
-    bar = figure.colorbar(image, ax=axes, ticks=[-limit, -limit / 4, 0, limit / 4, limit])
+    bar = figure.colorbar(image, ax=axes, aspect=25, ticks=[-limit, -limit / 4, 0, limit / 4, limit])
     bar.ax.set_yticklabels([_signed(value) for value in (-limit, -limit / 4, 0.0, limit / 4, limit)])
     return _save(figure, path)
 

@@ -165,9 +165,9 @@ def heat_map(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Se
     """Values as a grid of colours, the first row at the bottom. Numbers stand in the cells; `chosen` has a frame."""
     if not values or not rows or not columns:
         return ""
-    cell_width, cell_height = max(34.0, min(46.0, 460 / len(columns))), 22.0
+    cell_width, cell_height = max(34.0, min(46.0, 340 / len(columns))), 22.0
     left, top, bottom = 58.0, 30.0, 44.0
-    width, height = left + cell_width * len(columns) + 14, top + cell_height * len(rows) + bottom
+    width, height = left + cell_width * len(columns) + 6, top + cell_height * len(rows) + bottom
     width = max(width, 240)
     span = _span([value for row in values for value in row if math.isfinite(value)])
     floor = top + cell_height * len(rows)

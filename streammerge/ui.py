@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from rich import box
 from rich.console import Console
@@ -144,7 +144,8 @@ class Terminal:
             return
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for i, heading in enumerate(rows[0]):
-            table.add_column(Text(printable(heading)), justify="left" if i == 0 else "right", overflow="fold")
+            justify: Literal["left", "right"] = "left" if i == 0 else "right"
+            table.add_column(Text(printable(heading)), justify=justify, overflow="fold", no_wrap=i == 0)
         for row in rows[1:]:
             table.add_row(*(Text(printable(cell)) for cell in row))
         self._out.print(table, soft_wrap=False)

@@ -44,7 +44,9 @@ def unpack(directory: Path) -> Demo:
     tasks, hi_merging = directory / "tasks.yaml", directory / "hi_merging.yaml"
     tasks.write_text("".join(f"- {_task(name)}\n" for name in _SPECIALISTS))
     entries = "".join(f"  - {_task(name)}\n" for name in _SPECIALISTS)
-    hi_merging.write_text(_recipe("hi_merging", "base", None) + f"tasks:\n{entries}")
+    # A coarser grid than the default, to be quick.
+    grid = "analysis: {densities: [0.2, 0.4, 0.6, 0.8, 1.0], scales: [0.2, 0.4, 0.6, 0.8, 1.0]}\n"
+    hi_merging.write_text(_recipe("hi_merging", "base", None) + f"tasks:\n{entries}{grid}")
     paths = {}
     for method, text in recipes.items():
         paths[method] = directory / f"{method}.yaml"

@@ -16,6 +16,7 @@ from streammerge.run.merge import Options, plan_recipe, stop_signals
 from streammerge.storage.checkpoint import open_checkpoint
 from streammerge.study.analysis import StudyObserver
 from streammerge.study.findings import Row
+from streammerge.study.scoring import default_metric
 from streammerge.study.sweep import Job, SweepFacts
 from streammerge.study.tasks import load_tasks, read_tasks_file
 from streammerge.study.variants import Variant, variant_of
@@ -44,7 +45,8 @@ def evaluate(recipes: Sequence[Path], tasks_file: Path, which: Which, options: S
     plans = {_name(path, recipes): _plan(path, options, observer) for path in recipes}
     tasks = load_tasks(read_tasks_file(tasks_file), tasks_file, None)
     for task in tasks:
-        if task.metric == "kl":
+        split = task.dev if which == "dev" or task.test is None else task.test
+        if (task.metric or default_metric(split)) == "kl":
             raise UserError(f"{tasks_file}: task {task.name}: kl compares with the specialist of an analysis; "
                             f"eval has none. Use another metric.")  # fmt: skip
     directory = next(iter(plans.values())).checkpoints[0].directory

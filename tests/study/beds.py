@@ -25,7 +25,7 @@ from streammerge.demo import FOLDER as DEMO
 from streammerge.study.analysis import ProxyFindings, analyze_recipe
 from streammerge.study.findings import Findings, Row
 from streammerge.study.judge import Judge, Part
-from streammerge.study.mixture import Group, Mixture
+from streammerge.study.mixture import KEEP, Group, Mixture
 from streammerge.study.scoring import Estimate, Outcome
 from streammerge.study.tasks import Example
 from streammerge.study.workbench import StudyOptions
@@ -112,6 +112,11 @@ class Bed:
         shutil.copytree(self.model("base"), self.model(name), dirs_exist_ok=True)
         made = {tensor: (values.float() + delta[tensor]).to(values.dtype) for tensor, values in base.items()}
         write_weights(self.model(name), made)
+        return name
+
+    def copy(self, name: str, model: str) -> str:
+        """The same model under another name."""
+        shutil.copytree(self.model(model), self.model(name))
         return name
 
     def questions(self, task: str, split: str = "dev", first: int = 0, last: int | None = None) -> list[Any]:
@@ -206,8 +211,8 @@ def twin_bed(folder: Path, seed: int) -> Bed:
     """A random base, and two specialists, `left` and `right`, of tasks that have no word in common.
 
     A task gives each of its prompts, a word of its own, one of its answers; so examples know nothing of each other. The
-    base has two blocks of width 64 and knows nothing. A specialist learns all of its task by heart in ten steps of
-    Adam; embeddings stay as they are.
+    base has two blocks of width 64 and knows nothing. A specialist learns all of its task by heart in a dozen
+    steps of Adam; embeddings stay as they are.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -275,9 +280,10 @@ class MadeUpFamily:
         self.models = [f"m{m}" for m in range(models)]
         self.groups = [Group(f"layer {layer}", (), (), is_layer=True) for layer in range(layers)]
         self.layers = list(range(layers))
-        self.mixture = lambda density, scale, weight: Mixture(
-            tuple(density), tuple(scale), tuple(weight), _all_kept(models, layers)
-        )
+
+    def mixture(self, density: Sequence[float], scale: Sequence[float], weight: Sequence[float]) -> Mixture:
+        parts = ((KEEP,) * len(self.models),) * len(self.layers)
+        return Mixture(tuple(density), tuple(scale), tuple(weight), parts)
 
     def equal_models(self) -> list[list[int]]:
         return [[m] for m in range(len(self.models))]
@@ -329,9 +335,3 @@ def _made_up_task(number: int) -> Any:
         split=SimpleNamespace(examples=range(8)),
         scoring=SimpleNamespace(metric="made up"),
     )
-
-
-def _all_kept(models: int, layers: int) -> tuple[tuple[Any, ...], ...]:
-    from streammerge.study.mixture import KEEP
-
-    return ((KEEP,) * models,) * layers

@@ -19,6 +19,7 @@ from streammerge.study.network import Network
 from tests.study.tiny import (
     ARCHITECTURES,
     LAYERS,
+    PECULIAR,
     make_examples,
     make_model,
     make_task,
@@ -147,6 +148,20 @@ def test_every_tensor_belongs_to_the_unit_that_needs_it(models: dict[str, Made],
     assert {unit for found in units.values() for unit in found} == set(range(LAYERS + 2))
 
 
+@pytest.mark.parametrize("architecture", PECULIAR)
+def test_networks_with_ways_of_their_own_say_what_they_say_in_plain_transformers(
+    tmp_path: Path, architecture: str
+) -> None:
+    one = made(make_model(tmp_path / "model", architecture))
+    assert_says_the_same(one, shares=False)
+    # Where a model does not do as told by a mask, choices do not share a prompt.
+    assert one.network.can_share_prompts == (architecture in ("falcon", "opt", "deepseek_v3"))
+    if one.network.can_share_prompts:
+        assert_says_the_same(one, shares=True)
+        shared, plain = (choice_scores(one, batches_of(shares=it)) for it in (True, False))
+        assert max(abs(shared[key] - plain[key]) for key in plain) < 1e-4
+
+
 # Half of the prompts and choices are longer than this window, and rows of six choices longer than the other.
 @pytest.mark.parametrize("architecture", ["mistral", "gemma2", "gemma3_text"])
 def test_plain_rows_may_be_longer_than_the_window(tmp_path: Path, architecture: str) -> None:
@@ -187,6 +202,13 @@ def test_names_without_the_prefix_of_the_base_model_will_do(tmp_path: Path) -> N
     one = made(path)
     assert "h.0.ln_1.weight" in one.weights
     assert one.network.units_of(one.weights)["h.1.ln_1.weight"] == (2,)
+    assert_says_the_same(one, shares=True)
+
+
+def test_experts_are_counted_and_not_spelled(tmp_path: Path) -> None:
+    # Expert 10 comes after expert 9, not after expert 1.
+    one = made(make_model(tmp_path / "model", "mixtral", num_local_experts=12))
+    assert any("experts.11." in name for name in one.weights)
     assert_says_the_same(one, shares=True)
 
 
@@ -289,6 +311,29 @@ def test_blocks_that_are_not_found_are_told(tmp_path: Path, monkeypatch: pytest.
         Network(path, CPU)
     assert f"the blocks of LlamaForCausalLM are not found: expected one ModuleList of {LAYERS + 1}" in str(caught.value)
     assert f"found model.layers ({LAYERS})" in str(caught.value)
+
+
+def refusal(path: Path, config: Any, architecture: str) -> str:
+    """Why the network of a configuration is refused."""
+    config.architectures = [architecture]
+    config.save_pretrained(path)
+    with pytest.raises(UserError) as caught:
+        Network(path, CPU)
+    return str(caught.value)
+
+
+def test_blocks_that_need_more_than_hidden_states_are_told(tmp_path: Path) -> None:
+    from transformers import RwkvConfig, Zamba2Config
+
+    # The one hands a state from block to block, the other the embeddings to blocks further on.
+    rwkv = RwkvConfig(vocab_size=50, hidden_size=16, num_hidden_layers=3, attention_hidden_size=16)
+    zamba = Zamba2Config(
+        vocab_size=50, hidden_size=32, num_hidden_layers=3, layer_types=["mamba", "hybrid", "mamba"],
+        num_attention_heads=4, intermediate_size=32, n_mamba_heads=8, mamba_headdim=8, num_mem_blocks=1,
+    )  # fmt: skip
+    for name, config in (("RwkvForCausalLM", rwkv), ("Zamba2ForCausalLM", zamba)):
+        text = refusal(tmp_path / name, config, name)
+        assert f"the blocks of {name} hand each other more than hidden states" in text
 
 
 def test_parameters_that_a_checkpoint_lacks_are_told(models: dict[str, Made]) -> None:

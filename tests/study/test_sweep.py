@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 import streammerge
-from streammerge.base.errors import DoesNotFit, InputError, Stopped, StreamMergeError, TaskError
+from streammerge.base.errors import DoesNotFit, InputError, Stopped, StreamMergeError, TaskError, UserError
 from streammerge.study import reading
 from streammerge.study.batches import Batch, TaskBatches
+from streammerge.study.evaluation import evaluate
 from streammerge.study.judge import Judge, one_of
 from streammerge.study.mixture import Family
 from streammerge.study.scorebook import Score, Scorebook
@@ -43,6 +44,7 @@ from tests.study.tiny import (
     read_weights,
     variant_on,
     workbench,
+    write_lines,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
@@ -739,6 +741,26 @@ def test_a_window_shorter_than_a_row_means_plain_rows(tmp_path: Path) -> None:
 def test_a_split_that_a_task_does_not_have_is_told(models: Models) -> None:
     with workbench(models.base) as bench, pytest.raises(TaskError, match="task choose has no test file"):
         bench.prepare(TASKS[0], "test")
+
+
+@pytest.mark.parametrize("metric", [{}, {"metric": "kl"}])
+def test_without_an_analysis_there_is_no_specialist_to_be_near_to(models: Models, tmp_path: Path,
+                                                                  metric: dict[str, str]) -> None:  # fmt: skip
+    write_lines(tmp_path / "dev.jsonl", {"prompt": "a b c"})
+    write_lines(tmp_path / "tasks.yaml", [{"name": "bare", "model": "m", "dev": "dev.jsonl", **metric}])
+    options = StudyOptions(device="cpu", threads=1, compile="off")
+    with pytest.raises(UserError, match=r"task bare: kl compares with the specialist .* Use another metric"):
+        evaluate([models.base], tmp_path / "tasks.yaml", "dev", options, Silent())
+
+
+class Silent:
+    """Is told, and says nothing."""
+
+    def note(self, text: str) -> None: ...
+
+    def stage(self, text: str) -> None: ...
+
+    def progress(self, done: float, total: float) -> None: ...
 
 
 def test_a_model_without_a_tokenizer_is_told(tmp_path: Path) -> None:

@@ -59,6 +59,27 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mixtral": {**_HEADS, **_EXPERTS, "num_local_experts": 4},
     "qwen3_moe": {**_HEADS, **_EXPERTS, "num_experts": 4, "moe_intermediate_size": 16},
 }  # fmt: skip
+_COUNTS = {"vocab_size": VOCABULARY, "n_layers": LAYERS, "n_heads": 4}
+# Those that do something in a way of their own: blocks that return tuples, positions that are no argument, windows
+# that count columns, attention through narrow matrices, chunks.
+PECULIAR: dict[str, dict[str, Any]] = {
+    "falcon": {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4},
+    "bloom": {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": LAYERS, "n_head": 4},
+    "mpt": {**_COUNTS, "d_model": 32, "max_seq_len": 128},
+    "gpt_neo": {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "num_layers": LAYERS, "num_heads": 4, "window_size": 8,
+        "attention_types": [[["global", "local", "global"], 1]], "max_position_embeddings": 128,
+    },
+    "opt": {**_COMMON, "ffn_dim": 64, "word_embed_proj_dim": 32},
+    "deepseek_v3": {
+        **_COMMON, "num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16, "v_head_dim": 16, "head_dim": 8, "n_routed_experts": 8, "n_group": 2, "topk_group": 1,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1,
+    },
+    "llama4_text": {
+        **_HEADS, "num_local_experts": 2, "intermediate_size_mlp": 64, "attention_chunk_size": 8,
+    },
+}  # fmt: skip
 
 
 def encode(text: str) -> list[int]:
@@ -85,7 +106,7 @@ def make_model(path: Path, architecture: str = "llama", *, seed: int = 0, dtype:
     """A checkpoint directory of a random model, and its tokenizer. `changes` are keys of the configuration."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(architecture, **{**ARCHITECTURES[architecture], **changes})
+    config = AutoConfig.for_model(architecture, **{**{**ARCHITECTURES, **PECULIAR}[architecture], **changes})
     # The seed of this model alone: other tests may draw from torch's generator, too.
     with torch.random.fork_rng():
         torch.manual_seed(seed)
