@@ -28,7 +28,7 @@ _BELOW: Colour = (96, 174, 232)
 _ABOVE: Colour = (243, 154, 45)
 _LOW: Colour = (242, 246, 250)
 _HIGH: Colour = (12, 78, 140)
-_DARK = 0.5
+_DARK = 0.7
 
 
 # --- colours ---------------------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def heat_map(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Se
             fill, ink = sequential(value, span)
             x = left + c * cell_width
             shapes.append(_box(x, y, cell_width - 1, cell_height - 1, fill))
-            shapes.append(_text(x + (cell_width - 1) / 2, y + 14.5, number(value), "middle", fill=ink, size=10))
+            shapes.append(_text(x + (cell_width - 1) / 2, y + 14.5, number(value), "middle", fill=ink, size=9.5))
     for c, name in enumerate(columns):
         shapes.append(_text(left + (c + 0.5) * cell_width, floor + 15, name, "middle"))
     middle = left + cell_width * len(columns) / 2

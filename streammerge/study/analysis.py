@@ -196,8 +196,7 @@ def _table(judge: Judge, findings: Findings, split: str) -> list[Row]:
     for m, model in enumerate(findings.models):
         rows[model] = plain.with_weight(one_of(models, m))
     rows["task arithmetic"] = plain
-    if findings.start != plain:
-        rows["stage 1"] = findings.start
+    rows["stage 1"] = findings.start
     rows["Hi-Merging"] = findings.result
     judge.ask_all(list(rows.values()))
     tasks = range(len(judge.tasks))

@@ -269,8 +269,9 @@ def _save(model: Any, tokenizer: Any, path: Path) -> None:
 
 # --- made-up models --------------------------------------------------------------------------------------------------
 
-# P of a mixture on a task.
-Formula = Callable[[Mixture, int], float]
+_EXAMPLES = 8
+# P of a mixture on a task, for all examples or for each.
+Formula = Callable[[Mixture, int], Any]
 
 
 class MadeUpFamily:
@@ -305,7 +306,8 @@ class MadeUpJudge(Judge):
 
     def p(self, mixture: Mixture, task: int, part: Part = None) -> Estimate:
         assert (mixture, task) in self.asked, "a score was used that nobody asked for"
-        value = self._formula(mixture, task)
+        values = np.broadcast_to(np.asarray(self._formula(mixture, task), np.float64), _EXAMPLES)
+        value = float(values.mean() if part is None else values[part[task]].mean())
         return Estimate(value, np.full(4, value))
 
     def accuracy(self, mixture: Mixture, task: int, part: Part = None) -> Estimate | None:
@@ -332,6 +334,6 @@ def crossing(effects: Sequence[Sequence[Sequence[float]]]) -> Formula:
 def _made_up_task(number: int) -> Any:
     return SimpleNamespace(
         task=SimpleNamespace(name=f"task {number}"),
-        split=SimpleNamespace(examples=range(8)),
+        split=SimpleNamespace(examples=range(_EXAMPLES)),
         scoring=SimpleNamespace(metric="made up"),
     )

@@ -29,7 +29,7 @@ from streammerge.plan.recipe import load_recipe
 from streammerge.run.merge import Options, make_plan
 from streammerge.study.findings import Findings, Given
 from streammerge.study.himerge import analyze
-from streammerge.study.mixture import DROP, HALF, KEEP, Family
+from streammerge.study.mixture import DROP, HALF, KEEP, Family, Mixture
 from streammerge.study.network import Network
 from streammerge.study.variants import Shelf
 from tests.command import COMMAND
@@ -240,6 +240,11 @@ def test_guarded_beats_task_arithmetic_at_the_same_weights(found: Analysed) -> N
     assert _accuracy(found.row("Hi-Merging", "test")) > _accuracy(found.row("task arithmetic", "test"))
 
 
+def test_the_recipe_of_what_was_decided_writes_the_model_that_was_scored(found: Analysed, tmp_path: Path) -> None:
+    streammerge.merge(found.recipe, tmp_path / "out", compile="off")
+    _assert_equal(_read(tmp_path / "out"), _made(found.findings, found.recipe, found.recipe.parent / "models" / "base"))
+
+
 def test_both_halves_of_the_dev_data_find_the_damaged_block(planted: Planted, found: Analysed) -> None:
     other = planted.analyze("other half", 60, 120, analysis={"errors": 1000.0}, work="other half").findings
     assert other.order[0] == found.findings.order[0] == layer_of(other, planted.block)
@@ -405,8 +410,8 @@ def test_contributions_are_of_deletion_and_addition() -> None:
 
 def test_gamma_is_what_the_others_take_when_the_specialist_stands_at_its_strength_in_the_merge() -> None:
     findings, _ = made_up([_SEVERE, _PARTIAL, _MUTUAL], "guarded", weight=0.5)
-    gammas = [[findings.contributions[layer, m].gamma.value for m in range(2)] for layer in range(3)]
-    assert gammas == pytest.approx(np.array([[0.3, 0.4], [0.3, -0.2], [-0.3, -0.2]]))
+    gammas = [findings.contributions[layer, m].gamma.value for layer in range(3) for m in range(2)]
+    assert gammas == pytest.approx([0.3, 0.4, 0.3, -0.2, -0.3, -0.2])
     assert [findings.case(layer) for layer in range(3)] == ["severe", "partial", "mutual gain"]
     assert findings.order == [0, 1, 2]
     assert findings.conflict(0) == pytest.approx(0.7)
@@ -503,6 +508,22 @@ def test_searched_lets_no_task_fall() -> None:
     findings, _ = made_up(effects, "searched")
     scores = [[crossing(effects)(mixture, task) for task in range(2)] for mixture in (findings.start, findings.result)]
     assert all(after >= before for before, after in zip(*scores, strict=True))
+
+
+def test_searched_warns_where_the_held_back_quarter_disagrees() -> None:
+    # Model 1 hurts, but for one example in four.
+    def formula(mixture: Mixture, task: int) -> Any:
+        strength = mixture.weight[1] * mixture.scale[1] * mixture.parts[0][1].scale
+        return np.tile([-1.0, -1.0, -1.0, 1.0], 2) * strength
+
+    findings = analyze(
+        MadeUpJudge(2, 1, formula), Given((1.0, 1.0), (1.0, 1.0), (1.0, 1.0)), AnalysisOptions(units="raw"),
+        "searched", lambda text: None,
+    )  # fmt: skip
+    assert findings.result.parts == ((KEEP, DROP),)
+    seen, unseen = findings.rounds[-2:]
+    assert (seen.gain, unseen.gain) == (1.0, -1.0)
+    assert any("over-fits" in warning for warning in findings.warnings)
 
 
 # --- every option, on three models -----------------------------------------------------------------------------------
