@@ -27,6 +27,8 @@ class Judge:
         self.base = whole
         self._specialists = [whole.with_weight(one_of(models, m)) for m in range(models)]
         self.units = [1.0] * models
+        # Estimates over all examples: asked for again and again, and a bootstrap each.
+        self._known: dict[tuple[Mixture, int], tuple[Estimate, Estimate | None]] = {}
 
     def ask(self, questions: Sequence[tuple[Mixture, int]]) -> None:
         """Make sure that the scores of these (mixture, task) pairs are known: one sweep for all of them."""
@@ -42,12 +44,21 @@ class Judge:
 
     def p(self, mixture: Mixture, task: int, part: Part = None) -> Estimate:
         """P of a mixture on a task, which must have been asked."""
-        score = self._sweeper.book[self._job(mixture, task).key]
-        return self.tasks[task].scoring.p(score, None if part is None else part[task])
+        return self._estimates(mixture, task, part)[0]
 
     def accuracy(self, mixture: Mixture, task: int, part: Part = None) -> Estimate | None:
+        """Its accuracy, where the task has choices."""
+        return self._estimates(mixture, task, part)[1]
+
+    def _estimates(self, mixture: Mixture, task: int, part: Part) -> tuple[Estimate, Estimate | None]:
+        if part is None and (mixture, task) in self._known:
+            return self._known[mixture, task]
         score = self._sweeper.book[self._job(mixture, task).key]
-        return self.tasks[task].scoring.accuracy(score, None if part is None else part[task])
+        scoring, chosen = self.tasks[task].scoring, None if part is None else part[task]
+        estimates = scoring.p(score, chosen), scoring.accuracy(score, chosen)
+        if part is None:
+            self._known[mixture, task] = estimates
+        return estimates
 
     def score(self, mixture: Mixture, part: Part = None) -> Estimate:
         """The mean over tasks of (P − P(base)) in units of the tasks' gains."""

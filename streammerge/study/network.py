@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
@@ -76,6 +77,12 @@ class Network:
     def num_units(self) -> int:
         """Front, blocks, back."""
         return len(self._blocks) + 2
+
+    @property
+    def identity(self) -> str:
+        """Names what decides scores besides weights and tokens: the configuration, and the kind of device."""
+        settings = f"{self.model.config.to_json_string()} {self.device.type}"
+        return xxhash.xxh3_128_hexdigest(settings.encode())
 
     @property
     def config(self) -> Any:

@@ -24,9 +24,13 @@ class Score:
 
 
 class Scorebook:
-    """Scores by key, in memory and in a file. Owns its descriptor."""
+    """Scores by key, in memory and in a file. Owns its descriptor.
 
-    def __init__(self, path: Path | None) -> None:
+    `context` names what else decides a score, besides what its key names: scores of another context are not seen.
+    """
+
+    def __init__(self, path: Path | None, context: str = "") -> None:
+        self._context = context
         self._scores: dict[str, Score] = {}
         self._descriptor: int | None = None
         self._path = path
@@ -42,20 +46,20 @@ class Scorebook:
             raise translate(path, error) from error
 
     def __contains__(self, key: str) -> bool:
-        return key in self._scores
+        return self._context + key in self._scores
 
     def __getitem__(self, key: str) -> Score:
-        return self._scores[key]
+        return self._scores[self._context + key]
 
     def __len__(self) -> int:
         return len(self._scores)
 
     def add(self, key: str, score: Score) -> None:
         """Remember a score; it is safe on disk after the next `sync`."""
-        self._scores[key] = score
+        self._scores[self._context + key] = score
         if self._descriptor is None:
             return
-        fields = {"key": key, "log_probs": score.log_probs, "distances": score.distances}
+        fields = {"key": self._context + key, "log_probs": score.log_probs, "distances": score.distances}
         text = json.dumps(fields, separators=(",", ":")).encode()
         line = b"%08x %s\n" % (zlib.crc32(text), text)
         try:

@@ -106,7 +106,7 @@ def open_workbench(directory: Path, options: StudyOptions, *, book: Path | None,
         network = Network(directory, device)
         shelf = Shelf(find)
         stack.callback(shelf.close)
-        scores = Scorebook(book)
+        scores = Scorebook(book, f"{network.identity} ")
         stack.callback(scores.close)
         pool = stack.enter_context(ThreadPoolExecutor(threads, "study", torch.set_num_threads, (1,)))
         reserve = max(limit // 20, 64 * MIB)
