@@ -24,8 +24,8 @@ from torch import Tensor
 from streammerge.base.errors import TaskError
 from streammerge.study.tasks import Example, Split, Task
 
-# Padded tokens of a batch.
-_BATCH_TOKENS = 1024
+# Padded tokens of a batch: enough for a product of matrices, and few enough to go round the threads.
+_BATCH_TOKENS = 512
 
 
 @dataclass(frozen=True)

@@ -239,26 +239,25 @@ class Sweeper:
             going = [step for step in steps if step.version.key == key]
             for step in going:
                 left[step.parent] -= 1
+            running: deque[tuple[float, Future[None]]] = deque()
             for number, task in enumerate(wave.tasks):
                 here = [step for step in going if step.task == number]
-                if not here:
-                    continue
-                running: deque[tuple[float, Future[None]]] = deque()
-                for i, batch in enumerate(task.batches):
+                for i, batch in enumerate(task.batches if here else ()):
                     self._check_stop()
                     hidden, rest = self.network.call(batch, max(0, unit - 1))
                     for step in here:
                         done = left[step.parent] == 0
                         future = self.pool.submit(self._advance, streams, unit, step, i, batch, hidden, rest, done)
                         running.append((float(batch.ids.numel()), future))
-                    while len(running) > self.threads:
+                    while len(running) > 2 * self.threads:
                         tokens, future = running.popleft()
                         future.result()
                         yield tokens
-                for tokens, future in running:
-                    future.result()
-                    yield tokens
                 self.facts.block_forwards += len(here) if unit > 0 else 0
+            # The next version takes the place of this one's weights.
+            for tokens, future in running:
+                future.result()
+                yield tokens
 
     def _advance(self, streams: Streams, unit: int, step: _Step, number: int, batch: Batch, hidden: Tensor,
                  rest: dict[str, Any], done: bool) -> None:  # fmt: skip
