@@ -22,7 +22,7 @@ Table = list[list[str]]
 
 def analysis_json(findings: Findings) -> dict[str, Any]:
     """Everything that was found. γ, c and τ are in units of each task's gain (or raw, where `unit` is 1)."""
-    start, result = findings.start, findings.result
+    start = findings.start
     return {
         "streammerge": __version__,
         "kind": "analysis",
@@ -53,7 +53,7 @@ def analysis_json(findings: Findings) -> dict[str, Any]:
         "candidates": [asdict(step) for step in findings.candidates],
         "prefixes": [asdict(step) for step in findings.prefixes],
         "rounds": [asdict(step) for step in findings.rounds],
-        "changed": sum(a != b for a, b in zip(start.parts, result.parts, strict=True)),
+        "changed": findings.changed,
         "table": [_row_json(row, findings) for row in findings.table],
         "cost": asdict(findings.facts),
     }

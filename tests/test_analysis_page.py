@@ -304,7 +304,6 @@ def test_a_proxy_says_that_it_is_one() -> None:
 
 
 def test_pictures_are_written_where_matplotlib_is(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     facts = make_facts(["models/$x^{", "models/日本"])
     pictures = write_pngs(facts, tmp_path / "new")
     assert [path.name for path in pictures] == ["gamma.png", "surface-1--x-.png", "surface-2--.png"]
@@ -314,7 +313,6 @@ def test_pictures_are_written_where_matplotlib_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", ["eight models", "no lists", "no layers", "not finite"])
 def test_every_shape_of_document_gives_pictures(shape: str, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     facts = SHAPES[shape]
     assert len(write_pngs(facts, tmp_path)) == bool(facts["layers"]) + len(facts.get("surfaces", []))
 

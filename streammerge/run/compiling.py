@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,18 +55,22 @@ def consider(
     plan: Plan, tensors: Sequence[TensorPlan], schedule: Schedule, mode: Compile, *, on_gpu: bool
 ) -> Compiling:
     """Decide what to compile for `tensors`: with "auto" what saves more time than it costs, if there is memory."""
-    wanted = programs_of(plan, tensors)
-    eager = sum(count * program.eager_ns for (program, _), count in wanted.items()) * 1e-9 / schedule.threads
-    if mode == "off" or on_gpu:
+    return weigh(programs_of(plan, tensors), schedule.threads, schedule.limit_bytes, "off" if on_gpu else mode)
+
+
+def weigh(wanted: Mapping[tuple[Program, Signature], int], threads: int, limit_bytes: int, mode: Compile) -> Compiling:
+    """The same for programs with the elements times models that each sees."""
+    eager = sum(count * program.eager_ns for (program, _), count in wanted.items()) * 1e-9 / threads
+    if mode == "off":
         return Compiling(None, (), None, eager)
     cache = default_cache()
     missing = tuple(pair for pair in wanted if not cache.package(*pair).exists())
-    saved = sum(wanted[pair] * (pair[0].eager_ns - _COMPILED_NS) for pair in missing) * 1e-9 / schedule.threads
-    compiled = sum(wanted.values()) * _COMPILED_NS * 1e-9 / schedule.threads
+    saved = sum(wanted[pair] * (pair[0].eager_ns - _COMPILED_NS) for pair in missing) * 1e-9 / threads
+    compiled = sum(wanted.values()) * _COMPILED_NS * 1e-9 / threads
     cost = len(missing) * SECONDS_TO_COMPILE
     if not missing:
         return Compiling(cache, (), None, compiled)
-    reason = _cannot(schedule)
+    reason = _cannot(limit_bytes)
     if mode == "auto" and (saved < cost or reason is not None):
         return Compiling(cache, (), None, compiled + saved)
     if reason is not None:
@@ -74,10 +78,10 @@ def consider(
     return Compiling(cache, missing, None, compiled + cost)
 
 
-def _cannot(schedule: Schedule) -> str | None:
+def _cannot(limit_bytes: int) -> str | None:
     """Why nothing can be compiled now, or None."""
-    if schedule.limit_bytes < BYTES_TO_COMPILE:
-        return f"compiling takes {format_size(BYTES_TO_COMPILE)}, the budget is {format_size(schedule.limit_bytes)}"
+    if limit_bytes < BYTES_TO_COMPILE:
+        return f"compiling takes {format_size(BYTES_TO_COMPILE)}, the budget is {format_size(limit_bytes)}"
     return compiler_missing()
 
 

@@ -9,14 +9,12 @@ A line that is torn or damaged ends the journal: what follows it is not trusted 
 
 from __future__ import annotations
 
-import json
 import os
-import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from streammerge.storage.lines import checked_line, read_lines
 from streammerge.storage.sink import translate
 
 WORK_FOLDER = ".streammerge"
@@ -49,7 +47,7 @@ class Journal:
 
     def append(self, tensors: Sequence[Done]) -> None:
         """Record tensors whose bytes are on disk. Returns when the lines are, too."""
-        text = b"".join(_line(asdict(done)) for done in tensors)
+        text = b"".join(checked_line(asdict(done)) for done in tensors)
         try:
             written = 0
             while written < len(text):
@@ -75,11 +73,8 @@ class Journal:
 
     def _read(self, content: bytes) -> int:
         """Take in the sound lines; returns the bytes they take."""
-        sound = 0
-        for line in content.splitlines(keepends=True):
-            fields = _fields(line)
-            if fields is None:
-                break
+        lines, sound = read_lines(content)
+        for fields in lines:
             done = Done(
                 fields["tensor"],
                 fields["xxh3_128"],
@@ -87,17 +82,4 @@ class Journal:
                 fields["nonfinite_output"],
             )
             self.done[done.tensor] = done
-            sound += len(line)
         return sound
-
-
-def _line(fields: dict[str, Any]) -> bytes:
-    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
-    return b"%08x %s\n" % (zlib.crc32(text), text)
-
-
-def _fields(line: bytes) -> dict[str, Any] | None:
-    if not line.endswith(b"\n") or line[8:9] != b" ":
-        return None
-    text = line[9:-1]
-    return json.loads(text) if text.startswith(b"{") and b"%08x" % zlib.crc32(text) == line[:8] else None

@@ -87,11 +87,6 @@ class TaskBatches:
         return sum(batch.ids.numel() for batch in self.batches)
 
     @cached_property
-    def num_rows(self) -> int:
-        """Positions that the head is run at."""
-        return sum(len(batch.wanted) for batch in self.batches)
-
-    @cached_property
     def digest(self) -> str:
         """Names the tokens and what is scored of them."""
         hashing = xxhash.xxh3_128()

@@ -29,15 +29,14 @@ _HELD_BACK = 4
 _LEAST_GAIN = 0.001
 
 
-def decide(judge: Judge, findings: Findings, options: AnalysisOptions, before: Sequence[Mixture],
-           tell: Callable[[str], None]) -> None:  # fmt: skip
+def decide(judge: Judge, findings: Findings, options: AnalysisOptions, tell: Callable[[str], None]) -> None:
     """Set `findings.result` and `findings.verdict`."""
     if len(findings.equal) == 1 and len(findings.models) > 1:
         findings.verdict = "the models are equal: there is nothing to resolve, and the stage-1 merge is kept"
     elif not findings.conflicts and findings.decisions != "searched":
         findings.verdict = "no conflict found: no γ is beyond its threshold, and the stage-1 merge is kept"
     elif findings.decisions == "paper":
-        _paper(judge, findings, options, before)
+        _paper(judge, findings, options)
     elif findings.decisions == "guarded":
         _guarded(judge, findings, options, tell)
     else:
@@ -47,7 +46,7 @@ def decide(judge: Judge, findings: Findings, options: AnalysisOptions, before: S
 # --- paper -----------------------------------------------------------------------------------------------------------
 
 
-def _paper(judge: Judge, findings: Findings, options: AnalysisOptions, before: Sequence[Mixture]) -> None:
+def _paper(judge: Judge, findings: Findings, options: AnalysisOptions) -> None:
     everyone = list(range(len(findings.models)))
     mixture = findings.start
     open_layers = {layer: {m: findings.contributions[layer, m] for m in everyone} for layer in findings.conflicts}
@@ -67,10 +66,11 @@ def _paper(judge: Judge, findings: Findings, options: AnalysisOptions, before: S
                 treated = over if options.treated == "conflicting" else [m for m in of if m not in over]
                 for m in treated:
                     mixture = mixture.with_part(layer, m, HALF)
-        open_layers = _analyse_again(judge, findings, mixture, before, again)
+        open_layers = _analyse_again(judge, findings, mixture, again)
     findings.result = mixture
-    changed = sum(a != b for a, b in zip(mixture.parts, findings.start.parts, strict=True))
-    findings.verdict = f"{changed} of {len(findings.layers)} layers changed by the paper's rules, without looking back"
+    findings.verdict = (
+        f"{findings.changed} of {len(findings.layers)} layers changed by the paper's rules, without looking back"
+    )
 
 
 def _reweighted(findings: Findings, left: Sequence[int]) -> Treatment:
@@ -78,11 +78,12 @@ def _reweighted(findings: Findings, left: Sequence[int]) -> Treatment:
     return Treatment(1.0, 1 / total) if total else Treatment()
 
 
-def _analyse_again(judge: Judge, findings: Findings, mixture: Mixture, before: Sequence[Mixture],
-                   layers: dict[int, list[int]]) -> dict[int, dict[int, Contribution]]:  # fmt: skip
+def _analyse_again(
+    judge: Judge, findings: Findings, mixture: Mixture, layers: dict[int, list[int]]
+) -> dict[int, dict[int, Contribution]]:
     """The contributions of layers from which a model was dropped, for the models that are left in them."""
     start = findings.start
-    reduced = {layer: replace(start, parts=_with_row(start, layer, mixture.parts[layer])) for layer in layers}
+    reduced = {layer: start.with_row(layer, mixture.parts[layer]) for layer in layers}
     judge.ask(
         [(made, m) for layer, models in layers.items() for m in models
          for made in (reduced[layer], reduced[layer].only(layer))]
@@ -97,10 +98,6 @@ def _analyse_again(judge: Judge, findings: Findings, mixture: Mixture, before: S
                 beta_after=judge.p(reduced[layer].only(layer), m) - judge.p(judge.base, m),
             )
     return found
-
-
-def _with_row(mixture: Mixture, layer: int, row: tuple[Treatment, ...]) -> tuple[tuple[Treatment, ...], ...]:
-    return (*mixture.parts[:layer], row, *mixture.parts[layer + 1 :])
 
 
 # --- guarded ---------------------------------------------------------------------------------------------------------
@@ -258,11 +255,10 @@ def _searched(judge: Judge, findings: Findings, options: AnalysisOptions, tell: 
             break
     findings.result = current
     rounds = len(findings.rounds) // 2 - 1
-    changed = sum(a != b for a, b in zip(current.parts, findings.start.parts, strict=True))
     seen, unseen = (_gain(judge, current, findings.start, part) for part in (search, held_back))
     findings.verdict = (
-        f"{changed} layers changed in {rounds} round{'s'[: rounds != 1]}; mean gain {seen.value:+.3f} on the dev data "
-        f"searched over, {unseen.value:+.3f} on the quarter held back"
+        f"{findings.changed} layers changed in {rounds} round{'s'[: rounds != 1]}; mean gain {seen.value:+.3f} on the "
+        f"dev data searched over, {unseen.value:+.3f} on the quarter held back"
     )
     if seen.value - unseen.value > 2 * unseen.error:
         findings.warnings.append(

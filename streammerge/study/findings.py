@@ -94,6 +94,11 @@ class Findings:
     facts: SweepFacts = field(default_factory=SweepFacts)
     family: Family | None = None
 
+    @property
+    def changed(self) -> int:
+        """How many layers are treated otherwise than in the first merge."""
+        return sum(mine != first for mine, first in zip(self.result.parts, self.start.parts, strict=True))
+
     def case(self, layer: int) -> Case:
         return case_of([self.contributions[layer, m] for m in range(len(self.models))], self.threshold)
 

@@ -42,7 +42,7 @@ def analyze(judge: Judge, given: Given, options: AnalysisOptions, decisions: Dec
               for m, group_of in enumerate(_group_of_each(equal, models))]  # fmt: skip
     tell(f"contribution analysis of {len(findings.layers)} layers")
     findings.contributions = contributions(judge, findings.layers, start, before, findings.units)
-    decide(judge, findings, options, before, tell)
+    decide(judge, findings, options, tell)
     if findings.result != findings.start:
         tell("contribution analysis of the result")
         findings.after = contributions(judge, findings.layers, findings.result, before, findings.units)
@@ -139,11 +139,10 @@ def _open_findings(judge: Judge, options: AnalysisOptions, decisions: Decisions,
         else:
             units.append(gain.value)
     judge.units = units
-    threshold = Threshold(
-        options.errors if options.errors is not None else 3.0,
-        options.threshold if options.threshold is not None else 0.0 if decisions == "paper" and options.errors is None
-        else None,
-    )  # fmt: skip
+    fixed = options.threshold
+    if fixed is None and options.errors is None and decisions == "paper":
+        fixed = 0.0
+    threshold = Threshold(3.0 if options.errors is None else options.errors, fixed)
     groups = [group.label for group in judge.family.groups]
     return Findings(
         decisions, judge.family.models, list(judge.tasks), groups, judge.family.layers, threshold, one, one, units,

@@ -74,8 +74,8 @@ class Judge:
 
     def _job(self, mixture: Mixture, task: int) -> Job:
         data = self.tasks[task]
-        reference = self.family.variant(self._specialists[task], "") if data.scoring.needs_reference else None
-        return Job(self.family.variant(mixture, ""), data.batches, reference)
+        reference = self.family.variant(self._specialists[task]) if data.scoring.needs_reference else None
+        return Job(self.family.variant(mixture), data.batches, reference)
 
 
 def one_of(models: int, model: int) -> tuple[float, ...]:

@@ -61,12 +61,15 @@ class Mixture:
         """One model treated otherwise in one group."""
         row = list(self.parts[group])
         row[model] = treatment
-        return replace(self, parts=(*self.parts[:group], tuple(row), *self.parts[group + 1 :]))
+        return self.with_row(group, tuple(row))
+
+    def with_row(self, group: int, row: tuple[Treatment, ...]) -> Mixture:
+        """All models treated otherwise in one group."""
+        return replace(self, parts=(*self.parts[:group], row, *self.parts[group + 1 :]))
 
     def without(self, group: int) -> Mixture:
         """All deltas of a group left out."""
-        row = (DROP,) * len(self.weight)
-        return replace(self, parts=(*self.parts[:group], row, *self.parts[group + 1 :]))
+        return self.with_row(group, (DROP,) * len(self.weight))
 
     def only(self, group: int) -> Mixture:
         """The base with the deltas of one group."""
@@ -108,9 +111,9 @@ class Family:
         parts = ((KEEP,) * len(self.models),) * len(self.groups)
         return Mixture(tuple(density), tuple(scale), tuple(weight), parts)
 
-    def variant(self, mixture: Mixture, name: str) -> Variant:
+    def variant(self, mixture: Mixture) -> Variant:
         """The model of a mixture."""
-        return Variant(name, tuple(self._version(unit, mixture) for unit in range(len(self._units))))
+        return Variant(tuple(self._version(unit, mixture) for unit in range(len(self._units))))
 
     def equal_models(self) -> list[list[int]]:
         """Models whose files hold the same bytes, as lists of their numbers; the tensors are read for it."""
@@ -122,9 +125,7 @@ class Family:
             everything = replace(tensor, action="merge")
             version = make_version(self._plan, [everything], self._inputs, self._shelf)
             self._shelf.load([version])
-            same = {
-                (i, j) for i, j in same if self._shelf.equal([tensor.name], self._inputs[i + 1], self._inputs[j + 1])
-            }
+            same = {(i, j) for i, j in same if self._shelf.equal(tensor.name, self._inputs[i + 1], self._inputs[j + 1])}
             self._shelf.forget()
         groups: list[list[int]] = []
         for i in numbers:

@@ -163,12 +163,11 @@ class Network:
             else:
                 self._names.put(name, torch.full((), outside, device=self.device).expand(shape))
 
-    def embed(self, batch: Batch) -> Tensor:
-        """(rows, width, hidden) what the first block gets. The front's weights must be in."""
-        return self.call(batch, 0)[0]
-
     def call(self, batch: Batch, block: int) -> tuple[Tensor, dict[str, Any]]:
-        """What `block` is called with in a forward of `batch`: hidden states (of the front alone), and the rest."""
+        """What `block` is called with in a forward of `batch`: (rows, width, hidden) as the front made them, the rest.
+
+        The hidden states mean something only while the front's weights are in.
+        """
         caught: list[tuple[Tensor, dict[str, Any]]] = []
 
         def catch(i: int, hidden: Tensor, rest: dict[str, Any]) -> Tensor:
@@ -266,7 +265,9 @@ class Network:
             block = copy.deepcopy(self._blocks[0]).to("meta")
             try:
                 out = self._own[0](block, _without_values(hidden), **_without_values(rest))
-            except Exception:  # noqa: BLE001 - what looks at values (a router) has none here; such blocks return one tensor
+            except Exception:  # noqa: BLE001
+                # Any model's code may fail without values to look at (a router does). One tensor is then the guess, and
+                # `_check_flow` refuses the model where it is wrong.
                 return None
         return (type(out), len(out)) if isinstance(out, tuple | list) else None
 
@@ -280,7 +281,8 @@ class Network:
                     self._empty(outside)
                     found.append(self.call(_PROBE, last)[1])
             alike = _alike(*found)
-        except Exception:  # noqa: BLE001 - whatever a model does with what a block did not return
+        except Exception:  # noqa: BLE001
+            # Any model's code may fail on what a block did not return: it needs more than hidden states, said below.
             alike = False
         self.take_out()
         if not alike:

@@ -5,13 +5,13 @@ A line is a checksum and JSON, as in the journal of a merge; what follows a dama
 
 from __future__ import annotations
 
-import json
+import fcntl
 import os
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from streammerge.base.errors import OutputError
+from streammerge.storage.lines import checked_line, read_lines
 from streammerge.storage.sink import translate
 
 
@@ -39,6 +39,7 @@ class Scorebook:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._lock(path)
             sound = self._read(path.read_bytes())
             os.ftruncate(self._descriptor, sound)
             os.lseek(self._descriptor, sound, os.SEEK_SET)
@@ -60,8 +61,7 @@ class Scorebook:
         if self._descriptor is None:
             return
         fields = {"key": self._context + key, "log_probs": score.log_probs, "distances": score.distances}
-        text = json.dumps(fields, separators=(",", ":")).encode()
-        line = b"%08x %s\n" % (zlib.crc32(text), text)
+        line = checked_line(fields)
         try:
             while line:
                 line = line[os.write(self._descriptor, line) :]
@@ -78,20 +78,20 @@ class Scorebook:
             os.close(self._descriptor)
             self._descriptor = None
 
+    def _lock(self, path: Path) -> None:
+        """Hold the file for this process alone: two that write to it would tear each other's lines."""
+        assert self._descriptor is not None
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise OutputError(
+                f"{path}: another analysis is writing to it. Wait for it, or choose another place."
+            ) from None
+
     def _read(self, content: bytes) -> int:
-        sound = 0
-        for line in content.splitlines(keepends=True):
-            fields = _fields(line)
-            if fields is None:
-                break
+        lines, sound = read_lines(content)
+        for fields in lines:
             log_probs = tuple(tuple(map(float, values)) for values in fields["log_probs"])
             self._scores[fields["key"]] = Score(log_probs, tuple(map(float, fields["distances"])))
-            sound += len(line)
         return sound
-
-
-def _fields(line: bytes) -> dict[str, Any] | None:
-    if not line.endswith(b"\n") or line[8:9] != b" " or b"%08x" % zlib.crc32(line[9:-1]) != line[:8]:
-        return None
-    content: dict[str, Any] = json.loads(line[9:-1])
-    return content

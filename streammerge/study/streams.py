@@ -83,6 +83,7 @@ class Streams:
         if self._folder is not None:
             for path in [*self._folder.glob("*.hidden"), self._folder / _DONE]:
                 path.unlink(missing_ok=True)
+            self._folder.rmdir()
 
     def _path(self, stream: str, batch: int) -> Path:
         assert self._folder is not None

@@ -204,7 +204,8 @@ class Sweeper:
 
     def _run(self, wave: Wave) -> Iterator[float]:
         """Sweep one wave; yields the cost of what was just done."""
-        streams = Streams(self.spill)
+        # A folder for each wave: another run may spill to the same place.
+        streams = Streams(None if self.spill is None else self.spill / wave.identity)
         start = streams.resume_at(wave.identity)
         last = self.network.num_units - 1
         with torch.inference_mode():

@@ -45,9 +45,8 @@ class Version:
 
 @dataclass(frozen=True)
 class Variant:
-    """A model that could be written: a name for people, and one version per unit."""
+    """A model that could be written: one version per unit."""
 
-    name: str
     versions: tuple[Version, ...]
 
     @cached_property
@@ -105,13 +104,9 @@ class Shelf:
         """A loaded tensor of a checkpoint, in its padded buffer."""
         return self._loaded[number, name]
 
-    def equal(self, tensors: Iterable[str], first: int, second: int) -> bool:
-        """Whether two checkpoints hold the same bytes, as far as both are loaded."""
-        return all(
-            torch.equal(self._loaded[first, name].view(torch.uint8), self._loaded[second, name].view(torch.uint8))
-            for name in tensors
-            if (first, name) in self._loaded and (second, name) in self._loaded
-        )
+    def equal(self, name: str, first: int, second: int) -> bool:
+        """Whether two checkpoints hold the same bytes in a loaded tensor."""
+        return torch.equal(self.stored(first, name).view(torch.uint8), self.stored(second, name).view(torch.uint8))
 
     def forget(self) -> None:
         """Give the memory of the loaded tensors back."""
@@ -146,14 +141,14 @@ class Shelf:
         return flat.view(tensor.shape)
 
 
-def variant_of(name: str, plan: Plan, shelf: Shelf, units: Mapping[str, tuple[int, ...]], num_units: int) -> Variant:
+def variant_of(plan: Plan, shelf: Shelf, units: Mapping[str, tuple[int, ...]], num_units: int) -> Variant:
     """The model that a plan would write. `units` says which units need a tensor."""
     inputs = [shelf.add(checkpoint) for checkpoint in plan.checkpoints]
     groups: list[list[TensorPlan]] = [[] for _ in range(num_units)]
     for tensor in plan.tensors:
         for unit in units.get(tensor.name, ()):
             groups[unit].append(tensor)
-    return Variant(name, tuple(make_version(plan, group, inputs, shelf) for group in groups))
+    return Variant(tuple(make_version(plan, group, inputs, shelf) for group in groups))
 
 
 def make_version(plan: Plan, tensors: Sequence[TensorPlan], inputs: Sequence[int], shelf: Shelf) -> Version:
@@ -165,9 +160,10 @@ def make_version(plan: Plan, tensors: Sequence[TensorPlan], inputs: Sequence[int
         if tensor.action != "merge":
             part = f"copy {tensor.name} {tensor.dtype} {shelf.identity(inputs[tensor.source])}"
         else:
-            settings = texts.setdefault(id(tensor.settings), _settings_text(tensor.settings))
-            part = f"merge {tensor.name} {tensor.dtype} {tensor.work} {settings}"
-        hashing.update(part.encode("utf-8", "surrogatepass"))
+            if id(tensor.settings) not in texts:
+                texts[id(tensor.settings)] = _settings_text(tensor.settings)
+            part = f"merge {tensor.name} {tensor.dtype} {tensor.work} {texts[id(tensor.settings)]}"
+        hashing.update(f"{part}\n".encode("utf-8", "surrogatepass"))
     if any(tensor.action == "merge" for tensor in tensors):
         identities = [shelf.identity(number) for number in inputs]
         hashing.update(f"{method.name} {plan.seed} {plan.has_base} {identities}".encode())

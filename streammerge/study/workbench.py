@@ -12,18 +12,11 @@ from typing import Any, Literal
 import torch
 
 from streammerge.base.errors import InputError, TaskError
-from streammerge.kernels.compiled import (
-    BYTES_TO_COMPILE,
-    SECONDS_TO_COMPILE,
-    Run,
-    Signature,
-    compiler_missing,
-    default_cache,
-)
+from streammerge.kernels.compiled import Run, Signature
 from streammerge.kernels.contract import Program
 from streammerge.kernels.whole import Finder
 from streammerge.plan.plan import Plan
-from streammerge.run.compiling import Compile, programs_of
+from streammerge.run.compiling import Compile, programs_of, weigh
 from streammerge.run.gpu import choose_device
 from streammerge.run.memory import memory_limit, processors, usage
 from streammerge.study.batches import TaskBatches, make_batches
@@ -129,23 +122,16 @@ def _tokenizer(directory: Path) -> Any:
 def _finder(plans: Sequence[Plan], versions: int, options: StudyOptions, limit: int,
             note: Callable[[str], None]) -> Finder:  # fmt: skip
     """Compiled programs, where they are or are worth making."""
-    if options.compile == "off":
-        return lambda program, signature: None
-    cache = default_cache()
     wanted: dict[tuple[Program, Signature], int] = {}
     for plan in plans:
         for pair, count in programs_of(plan, plan.tensors).items():
             wanted[pair] = wanted.get(pair, 0) + count * versions
-    missing = [pair for pair in wanted if not cache.package(*pair).exists()]
-    saved = sum(wanted[pair] * pair[0].eager_ns for pair in missing) * 1e-9
-    pays = saved > len(missing) * SECONDS_TO_COMPILE
-    if missing and limit >= BYTES_TO_COMPILE and compiler_missing() is None and (pays or options.compile == "on"):
-        note(
-            f"compiling {len(missing)} programs once for this machine, about {len(missing) * SECONDS_TO_COMPILE:.0f} s"
-        )
-        if (failure := cache.build(missing)) is not None:
-            note(f"compiling failed ({failure}); running uncompiled, which is slower and gives the same bits")
     threads = options.threads or processors()
+    compiling = weigh(wanted, threads, limit, options.compile)
+    compiling.build(note)
+    cache = compiling.cache
+    if cache is None:
+        return lambda program, signature: None
     loaded: dict[tuple[Program, Signature], Run | None] = {}
 
     def find(program: Program, signature: Signature) -> Run | None:

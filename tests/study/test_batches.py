@@ -86,7 +86,6 @@ def test_choices_go_on_from_a_prompt_they_share(tokenizer: Any) -> None:
     assert [one.rows for one in batch.scored] == [(3, 4), (3, 6, 7), (3,)]
     assert batch.wanted == (3, 4, 6, 7)
     assert batches.num_tokens == 10
-    assert batches.num_rows == 4
     # Of the third choice: the prompt, and itself.
     sees = batch.attention_mask()[0, 0, 9] == 0
     assert sees.tolist() == [True] * 4 + [False] * 5 + [True]

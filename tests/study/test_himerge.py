@@ -171,7 +171,7 @@ def _made(findings: Findings, recipe: Path, base: Path, analysis: Mapping[str, A
     )  # fmt: skip
     made: dict[str, Tensor] = {}
     with ThreadPoolExecutor(1) as pool:
-        for version in family.variant(findings.result, "").versions:
+        for version in family.variant(findings.result).versions:
             shelf.load([version])
             made |= shelf.make(version, pool)
             shelf.forget()

@@ -73,7 +73,7 @@ def run(one: Made, batches: TaskBatches) -> Iterator[tuple[Batch, Tensor]]:
     """Every batch, and its hidden states after the last block. The weights of the back are in."""
     network = one.network
     put_unit(one, 0)
-    hidden = [network.embed(batch) for batch in batches.batches]
+    hidden = [network.call(batch, 0)[0] for batch in batches.batches]
     for block in range(LAYERS):
         put_unit(one, block + 1)
         for i, batch in enumerate(batches.batches):

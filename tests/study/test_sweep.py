@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import streammerge
-from streammerge.base.errors import DoesNotFit, InputError, Stopped, StreamMergeError, TaskError, UserError
+from streammerge.base.errors import DoesNotFit, InputError, OutputError, Stopped, StreamMergeError, TaskError, UserError
 from streammerge.study import reading
 from streammerge.study.batches import Batch, TaskBatches
 from streammerge.study.evaluation import evaluate
@@ -337,7 +337,7 @@ def test_stopped_again_and_again_it_still_arrives(models: Models, scores: dict[t
     asked = batches_asked(models, tmp_path / "counted")
     for _ in range(5):
         stopped(models, asked // 3, book=book, spill=spill, threads=2)
-        if (spill / "unit-done.json").exists() and json.loads((spill / "unit-done.json").read_text())["unit"] >= 2:
+        if any(json.loads(note.read_text())["unit"] >= 2 for note in spill.glob("*/unit-done.json")):
             break
     with workbench(models.base, book=book, spill=spill) as bench:
         assert scores_on(bench, models) == scores
@@ -354,7 +354,7 @@ def test_spilled_states_of_other_questions_are_not_mistaken_for_these(
         some = [job for (name, _), job in jobs_on(bench, models).items() if name in ("a sum", "pruned", "the base")]
         with pytest.raises(Stopped):
             bench.sweeper.score(some)
-    assert list(spill.glob("*.hidden"))
+    assert list(spill.glob("*/*.hidden"))
     with workbench(models.base, spill=spill) as bench:
         assert scores_on(bench, models) == scores
 
@@ -372,11 +372,11 @@ def test_a_note_of_the_unit_reached_that_is_damaged_or_of_others_is_no_note(tmp_
 def test_a_spilled_file_that_is_too_short_is_told(models: Models, tmp_path: Path) -> None:
     book, spill = tmp_path / "scores.jsonl", tmp_path / "spill"
     stopped(models, batches_asked(models) // 2, book=book, spill=spill)
-    for file in spill.glob("*.hidden"):
+    for file in spill.glob("*/*.hidden"):
         os.truncate(file, 100)
     with (
         workbench(models.base, book=book, spill=spill) as bench,
-        pytest.raises(StreamMergeError, match=r"is shorter than it was written; remove .*spill and run again"),
+        pytest.raises(StreamMergeError, match=r"is shorter than it was written; remove .*spill/[0-9a-f]{32} and run again"),
     ):
         scores_on(bench, models)
 
@@ -769,3 +769,11 @@ def test_a_model_without_a_tokenizer_is_told(tmp_path: Path) -> None:
         (model / file).unlink()
     with pytest.raises(InputError, match="holds no tokenizer that transformers reads"), workbench(model):
         pass
+
+
+def test_a_second_run_does_not_write_to_the_scores_of_the_first(tmp_path: Path) -> None:
+    first = Scorebook(tmp_path / "scores.jsonl")
+    with pytest.raises(OutputError, match="another analysis"):
+        Scorebook(tmp_path / "scores.jsonl")
+    first.close()
+    Scorebook(tmp_path / "scores.jsonl").close()

@@ -194,7 +194,7 @@ def variant_on(bench: Workbench, recipe: Path) -> Variant:
     """The model that a recipe would write, for the sweeps of a workbench."""
     plan = plan_of(recipe)
     units = bench.network.units_of(tensor.name for tensor in plan.tensors)
-    return variant_of(recipe.name, plan, bench.shelf, units, bench.network.num_units)
+    return variant_of(plan, bench.shelf, units, bench.network.num_units)
 
 
 @dataclass
