@@ -376,7 +376,9 @@ def test_a_spilled_file_that_is_too_short_is_told(models: Models, tmp_path: Path
         os.truncate(file, 100)
     with (
         workbench(models.base, book=book, spill=spill) as bench,
-        pytest.raises(StreamMergeError, match=r"is shorter than it was written; remove .*spill/[0-9a-f]{32} and run again"),
+        pytest.raises(
+            StreamMergeError, match=r"is shorter than it was written; remove .*spill/[0-9a-f]{32} and run again"
+        ),
     ):
         scores_on(bench, models)
 
