@@ -127,7 +127,7 @@ def plan(
 
         made, notes = _plan_before_analysis(recipe, options) or (make_plan(recipe, options), [])
         schedule = schedule_for(made, options)
-        computing = consider(made, made.tensors, schedule, "auto", on_gpu=False).seconds
+        computing = consider(made.tensors, schedule, "auto", on_gpu=False).seconds
         seconds = estimate_seconds(made, made.tensors, schedule, computing)
         side_files = [file.name for file in copied_files(made)]
         if as_json:

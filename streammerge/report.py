@@ -21,17 +21,17 @@ def plan_rows(plan: Plan, schedule: Schedule, seconds: float, side_files: list[s
     """The plan as label and text."""
     actions = {action: [t for t in plan.tensors if t.action == action] for action in ("merge", "copy", "equal")}
     copied = len(actions["copy"]) + len(actions["equal"])
-    passes = [plan.passes(tensor) for tensor in actions["merge"]]
+    passes = [tensor.passes for tensor in actions["merge"]]
     base = f", base {plan.recipe.base.model}" if plan.recipe.base else ""
     elements = sum(tensor.elements for tensor in plan.tensors)
-    read_twice = sum(1 for t in plan.tensors if plan.passes(t) > 1)
+    read_twice = sum(1 for t in plan.tensors if t.passes > 1)
     parts = f"baseline {format_size(schedule.baseline_bytes)}, buffers {format_size(schedule.arena_bytes)}"
     return [
         ("method", f"{plan.method.name}{base}"),
         ("models", ", ".join(source.model for source in plan.recipe.models) or "none"),
         ("tensors", f"{len(plan.tensors):,} ({elements:,} elements){_of_them(copied, 'copied')}"),
         ("passes", _passes(passes, read_twice)),
-        ("read", format_size(bytes_to_read(plan, plan.tensors, schedule))),
+        ("read", format_size(bytes_to_read(plan.tensors, schedule))),
         ("write", f"{format_size(plan.bytes_to_write)} in {_count(len(plan.shards), 'file')}"),
         ("with", ", ".join(side_files) or "no side files"),
         ("peak memory", f"{format_size(schedule.peak_bytes)} of {format_size(schedule.limit_bytes)} allowed ({parts})"),
@@ -56,7 +56,7 @@ def plan_json(plan: Plan, schedule: Schedule, seconds: float, side_files: list[s
             **asdict(schedule),
             "arena_bytes": schedule.arena_bytes,
             "peak_bytes": schedule.peak_bytes,
-            "bytes_to_read": bytes_to_read(plan, plan.tensors, schedule),
+            "bytes_to_read": bytes_to_read(plan.tensors, schedule),
             "bytes_to_write": plan.bytes_to_write,
             "disk_bytes": plan.bytes_to_write,
             "estimated_seconds": round(seconds, 1),
@@ -68,12 +68,12 @@ def plan_json(plan: Plan, schedule: Schedule, seconds: float, side_files: list[s
                 "dtype": tensor.dtype,
                 "shape": list(tensor.shape),
                 "action": tensor.action,
-                "passes": plan.passes(tensor),
+                "passes": tensor.passes,
                 "shard": plan.shards[tensor.shard].name,
                 "offset": tensor.offset,
                 "bytes": tensor.nbytes,
-                "inputs": [spec.dtype for spec in tensor.inputs],
-                "parameters": {**tensor.settings.shared, **tensor.settings.models},
+                "inputs": [read.spec.dtype for read in tensor.reads],
+                "parameters": {**plan.settings[tensor.name].shared, **plan.settings[tensor.name].models},
             }
             for tensor in plan.tensors
         ],

@@ -14,8 +14,11 @@ from torch import Tensor
 
 
 def block_sum(values: Tensor) -> Tensor:
-    """Sums over the last dimension, (..., BLOCK) -> (...,) in float64."""
-    width = values.shape[-1] // 8
+    """Sums over the last dimension, (..., BLOCK) -> (...,) in float64. Rows of any other width are filled up."""
+    full = max(8, 1 << (values.shape[-1] - 1).bit_length())
+    if full != values.shape[-1]:
+        values = torch.nn.functional.pad(values, (0, full - values.shape[-1]))
+    width = full // 8
     # Eight slices at once: a compiled program reads the values once and keeps no float64 copy of them.
     part = [values[..., i * width : (i + 1) * width].to(torch.float64) for i in range(8)]
     tree = ((part[0] + part[4]) + (part[2] + part[6])) + ((part[1] + part[5]) + (part[3] + part[7]))

@@ -7,8 +7,9 @@ answers, and returns the arguments of the program.
     arguments = measure(problem)           # yields looks, if the method needs any
     for each tile: out = program(tile, arguments)
 
-A tile is whole blocks of 65,536 elements. The last block of a tensor is filled up with zeros; a program must give the
-same result for an element wherever its block lies, so results never depend on tile sizes or threads.
+A tile is whole units. A unit is a block of 65,536 elements, the last one of a tensor filled up with zeros; or, for a
+method that must see whole rows of a matrix, as many rows as fit in a block, and one at least. A program must give the
+same result for a unit wherever it lies, so results never depend on tile sizes or threads.
 """
 
 from __future__ import annotations
@@ -23,11 +24,35 @@ from torch import Tensor
 BLOCK = 65536
 
 Arguments = Mapping[str, Tensor]
-Value = float | bool
+Value = float | bool | str
+
+
+class Grain(NamedTuple):
+    """How a tensor is cut: into units of `unit` elements, flat, or whole rows of `width` elements."""
+
+    unit: int
+    width: int | None
+
+    def units(self, elements: int) -> int:
+        """How many units so many elements are."""
+        return -(-elements // self.unit)
+
+
+FLAT = Grain(BLOCK, None)
+
+
+def grain_of(shape: Sequence[int], *, by_rows: bool) -> Grain:
+    """How a tensor of `shape` is cut. A row runs along the last dimension; a vector is one row."""
+    if not by_rows:
+        return FLAT
+    width = max(1, shape[-1] if shape else 1)
+    return Grain(max(1, BLOCK // width) * width, width)
 
 
 class Tile(NamedTuple):
-    """What a program sees. All of `base` and `models` have shape (blocks, BLOCK) and the work dtype.
+    """What a program sees. All of `base` and `models` have the work dtype and shape (blocks, BLOCK).
+
+    By rows, a tile is one unit: they have shape (rows, width), and what follows is of one block.
 
     `starts` (blocks, 1) int64 is the index in the tensor of each block's first element; `keys` (blocks, models, 2)
     int32 are the keys of the random bits. They are None unless the program asks for them.
@@ -57,13 +82,14 @@ class Argument:
 class Program:
     """A pure function of a tile that can be run eagerly or compiled, with the same bits.
 
-    `function(tile, arguments, **options)` gives the merged tile (blocks, BLOCK) when `merges`, else partial results
-    with blocks as their first dimension. It must be importable by its module and name.
+    `function(tile, arguments, **options)` gives the merged tile in the shape of the tile when `merges`, else partial
+    results with blocks as their first dimension (by rows: of one block). It and functions among its options must be
+    importable by module and name.
     """
 
     function: Callable[..., Tensor]
     arguments: tuple[Argument, ...] = ()
-    options: tuple[tuple[str, bool | int | str], ...] = ()
+    options: tuple[tuple[str, bool | int | str | Callable[..., Any]], ...] = ()
     merges: bool = False
     needs_starts: bool = False
     needs_keys: bool = False
@@ -74,8 +100,10 @@ class Program:
     @property
     def label(self) -> str:
         """`streammerge.methods.ties:apply(consensus=True)`: what a profile or a cache calls it."""
-        options = ", ".join(f"{name}={value!r}" for name, value in self.options)
-        return f"{self.function.__module__}:{self.function.__qualname__}({options})"
+        options = ", ".join(
+            f"{name}={_name(value) if callable(value) else repr(value)}" for name, value in self.options
+        )
+        return f"{_name(self.function)}({options})"
 
     def __call__(self, tile: Tile, arguments: Arguments) -> Tensor:
         return self.function(tile, arguments, **dict(self.options))
@@ -85,15 +113,24 @@ class Program:
 class Look:
     """A question about the tensor: run `program` over `spans` of it, or over all of it.
 
-    `spans` are (first element, number of elements); they are packed one after the other into blocks. The answer is
-    the partial results of all blocks in order, concatenated. With `digest`, every piece of partial results (some whole
-    blocks) is handed to it with its tile starts, and the answer is the list of what it returns, in order.
+    `spans` are (first element, number of elements); they are packed one after the other into blocks, or by rows are
+    whole units each. The answer is the partial results of all blocks in order, concatenated. With `digest`, every piece
+    of partial results (some whole blocks) is handed to it with its tile starts, and the answer is the list of what it
+    returns, in order. With `fold`, pieces are handed to that instead, one after the other in order, and there is no
+    answer: for partial results that are too large to keep.
     """
 
     program: Program
     arguments: Arguments
     spans: tuple[tuple[int, int], ...] | None = None
     digest: Callable[[Tensor, Tensor], Any] | None = None
+    fold: Callable[[Any], None] | None = None
+
+    def answer(self, parts: list[Any]) -> Any:
+        """What `measure` is sent, from the pieces in order."""
+        if self.fold is not None:
+            return None
+        return parts if self.digest is not None else torch.cat(parts)
 
 
 Measuring = Generator[Look, Any, dict[str, Tensor]]
@@ -101,26 +138,32 @@ Measuring = Generator[Look, Any, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Param:
-    """One parameter of a recipe. A `default` of None means that the recipe must give it.
+    """One parameter of a recipe. A `default` of None means that the recipe must give it, unless it is `optional`.
 
-    Without `vectors`, tensors of fewer than two dimensions have the default whatever the recipe says.
+    `choices` are the texts a "text" may be. Without `vectors`, tensors of fewer than two dimensions have the default
+    whatever the recipe says.
     """
 
     name: str
     meaning: str
     default: Value | None = None
     per_model: bool = False
-    boolean: bool = False
+    kind: Literal["number", "integer", "boolean", "text"] = "number"
+    choices: tuple[str, ...] = ()
     optional: bool = False
     vectors: bool = True
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The parameters of one tensor, resolved: `shared` by name, `models` one value per non-base model."""
+    """The parameters of one tensor, resolved: `shared` by name, `models` one value per non-base model.
+
+    `depth` says how far along the layers the tensor is, 0 to 1, for methods that ask (`Method.by_depth`).
+    """
 
     shared: Mapping[str, Value | None]
     models: Mapping[str, tuple[Value | None, ...]]
+    depth: float = 0.0
 
     def number(self, name: str) -> float:
         value = self.shared[name]
@@ -130,18 +173,31 @@ class Settings:
     def flag(self, name: str) -> bool:
         return bool(self.shared[name])
 
+    def text(self, name: str) -> str:
+        return str(self.shared[name])
+
     def numbers(self, name: str) -> list[float]:
         return [float(value) for value in self.models[name] if value is not None]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One tensor to merge, as `measure` sees it: its size, number of models, parameters, and the work dtype."""
+    """One tensor to merge, as `measure` sees it: its size, number of models, parameters, and the work dtype.
+
+    `models` are counted without the base. `found` is what a survey of many tensors found out for this one.
+    """
 
     elements: int
     models: int
     settings: Settings
     work: torch.dtype
+    grain: Grain = FLAT
+    has_base: bool = True
+    found: Any = None
+
+    @property
+    def units(self) -> int:
+        return self.grain.units(self.elements)
 
     def tensor(self, values: Sequence[float]) -> Tensor:
         """Numbers as an argument of a program."""
@@ -155,7 +211,8 @@ class Method:
     name: str
     doc: str
     params: tuple[Param, ...]
-    base: Literal["required", "ignored"]
+    # Whether the base is a place to measure deltas from, an ordinary input, or the one where the recipe names it.
+    base: Literal["required", "ignored", "optional"]
     min_models: int
     max_models: int | None
     # The program that merges, for given settings.
@@ -170,14 +227,22 @@ class Method:
     copies: Callable[[Settings], int | None] = field(default=lambda settings: None)
     # Problems with settings of one tensor, as sentences.
     check: Callable[[Settings], list[str]] = field(default=lambda settings: [])
+    # Whether its programs must see whole rows. They are then run eagerly.
+    by_rows: Callable[[Settings], bool] = field(default=lambda settings: False)
+    # Whether it asks for `Settings.depth`.
+    by_depth: Callable[[Settings], bool] = field(default=lambda settings: False)
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return f"{function.__module__}:{function.__qualname__}"
 
 
 def evaluate(program: Program, work: torch.dtype, inputs: Sequence[Tensor], has_base: bool, out: Tensor | None,
              starts: Tensor | None, keys: Tensor | None, arguments: Arguments) -> Tensor:  # fmt: skip
-    """Run a program on stored inputs, each (blocks, BLOCK) of any float dtype; base first if `has_base`.
+    """Run a program on stored inputs of any float dtype, each in the shape of the tile; base first if `has_base`.
 
-    A merging program writes `out`, rounding once (to nearest, ties to even), and returns per block 0, or NaN when an
-    input or the result is not finite. Others return their partial results.
+    A merging program writes `out`, rounding once (to nearest, ties to even), and returns per block or row 0, or NaN
+    when an input or the result is not finite. Others return their partial results.
     """
     values = [stored.to(work) for stored in inputs]
     tile = Tile(values[0] if has_base else None, values[has_base:], starts, keys)

@@ -1,10 +1,11 @@
-"""Exact magnitude cuts: the k entries of largest |delta|, in one total order, without sorting the tensor.
+"""Exact cuts: the k entries of largest size, in one total order, without sorting the tensor.
 
-The order is |delta| descending, then index ascending; NaN counts as infinite. A cut is a threshold and the last index
-that stays among the entries equal to it, so that exactly k entries stay however many are tied.
+A `Quantity` gives the sizes, one column or several: |delta| of every model, or what else a method ranks. The order is
+size descending, then index ascending; NaN counts as infinite. A cut is a threshold and the last index that stays among
+the entries equal to it, so that exactly k entries stay however many are tied.
 
-    sample    a few thousand magnitudes, spread over the tensor, say where the threshold must be
-    count     per block, how many magnitudes are >= each of eight pivots; the threshold's interval shrinks
+    sample    a few thousand sizes, spread over the tensor, say where the threshold must be
+    count     per unit, how many sizes are >= each of eight pivots; the threshold's interval shrinks
     collect   when few entries are left in the interval, or only tied ones: fetch them and pick the cut
 
 The counts are exact integers and decide alone; the sample only makes it fast (two looks for bf16 inputs, where many
@@ -13,9 +14,9 @@ entries are tied, three for float32).
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ PIVOTS = 8
 # So few entries in the interval are fetched and sorted rather than counted again.
 COLLECT_AT_MOST = 1 << 17
 _SAMPLE_PIECES, _SAMPLE_PIECE = 64, 1024
+_SAMPLE_UNITS = 16
 _SAMPLED_ROUNDS = 4
 
 T = TypeVar("T")
@@ -36,7 +38,7 @@ Looking = Generator[Look, Any, T]
 
 @dataclass(frozen=True)
 class Cut:
-    """Keep |delta| > threshold, and |delta| == threshold up to and including index `last`."""
+    """Keep what is larger than `threshold`, and what equals it up to and including index `last`."""
 
     threshold: float
     last: int
@@ -47,16 +49,20 @@ KEEP_ALL, KEEP_NONE = Cut(-1.0, -1), Cut(float("inf"), -1)
 CUT_ARGUMENTS = (Argument("threshold"), Argument("last", dtype=torch.int64))
 
 
-def magnitude(delta: Tensor) -> Tensor:
-    """|delta|, with NaN as infinity."""
-    size = delta.abs()
+def magnitude(values: Tensor) -> Tensor:
+    """|values|, with NaN as infinity."""
+    size = values.abs()
     return torch.where(size == size, size, float("inf"))  # noqa: PLR0124 - false for NaN only
 
 
-def cut_mask(delta: Tensor, starts: Tensor, threshold: Tensor, last: Tensor) -> Tensor:
-    """Which entries a cut keeps: (blocks, BLOCK) bool. `starts` (blocks, 1) are the tile's."""
-    size = magnitude(delta)
-    position = torch.arange(delta.shape[-1], dtype=torch.int32, device=delta.device)[None, :]
+def magnitudes(tile: Tile, arguments: Arguments) -> list[Tensor]:
+    """|delta| of every model."""
+    return [magnitude(delta) for delta in tile.deltas()]
+
+
+def cut_mask(size: Tensor, starts: Tensor, threshold: Tensor, last: Tensor) -> Tensor:
+    """Which entries a cut keeps, by their sizes (blocks, BLOCK): bool. `starts` (blocks, 1) are the tile's."""
+    position = torch.arange(size.shape[-1], dtype=torch.int32, device=size.device)[None, :]
     # Positions in the block fit int32, which compares twice as fast as int64.
     last_here = (last - starts).clamp(-1, BLOCK).to(torch.int32)
     return (size > threshold) | ((size == threshold) & (position <= last_here))
@@ -70,42 +76,76 @@ def cut_arguments(problem: Problem, cuts: list[Cut]) -> dict[str, Tensor]:
     }
 
 
-def _count(tile: Tile, arguments: Arguments) -> Tensor:
-    """(blocks, models, PIVOTS): how many magnitudes of a block are >= each pivot.
+Sizes = Callable[[Tile, Arguments], list[Tensor]]
 
-    float32 holds every count up to 65,536 exactly, and adds them faster than integers.
+
+def _count(tile: Tile, arguments: Arguments, sizes: Sizes) -> Tensor:
+    """(blocks, columns, PIVOTS): how many sizes of a block are >= each pivot.
+
+    float32 holds every count up to 65,536 exactly, and adds them faster than integers. By rows it is one block.
     """
     pivots = arguments["pivots"]
     counts = []
-    for model, delta in enumerate(tile.deltas()):
-        size = magnitude(delta)
-        counts.append(torch.stack([torch.where(size >= pivots[model, i], 1.0, 0.0).sum(-1) for i in range(PIVOTS)], -1))
+    for column, size in enumerate(sizes(tile, arguments)):
+        flat = size if size.shape[-1] == BLOCK else size.reshape(1, -1)
+        dtype = torch.float32 if flat.shape[-1] <= BLOCK else torch.float64
+        ones = [torch.where(flat >= pivots[column, i], 1.0, 0.0).to(dtype).sum(-1) for i in range(PIVOTS)]
+        counts.append(torch.stack(ones, -1))
     return torch.stack(counts, 1)
 
 
-def _magnitudes(tile: Tile, arguments: Arguments) -> Tensor:
-    """(blocks, models, BLOCK)."""
-    return torch.stack([magnitude(delta) for delta in tile.deltas()], 1)
+def _fetch(tile: Tile, arguments: Arguments, sizes: Sizes) -> Tensor:
+    """(blocks, columns, BLOCK)."""
+    found = [size if size.shape[-1] == BLOCK else size.reshape(1, -1) for size in sizes(tile, arguments)]
+    return torch.stack(found, 1)
 
 
-COUNT = Program(_count, (Argument("pivots", ("K", PIVOTS)),), eager_ns=16)
-_MAGNITUDES = Program(_magnitudes)
+@dataclass(frozen=True)
+class Quantity:
+    """What is ranked: `sizes` gives columns of numbers >= 0, NaN as infinity, each in the shape of the tile.
+
+    `arguments` are what `sizes` needs, beside the pivots.
+    """
+
+    sizes: Sizes
+    columns: int | Literal["K"] = "K"
+    arguments: tuple[Argument, ...] = ()
+    needs_starts: bool = False
+    eager_ns: float = 16
+
+    @property
+    def counting(self) -> Program:
+        return Program(
+            _count,
+            (Argument("pivots", (self.columns, PIVOTS)), *self.arguments),
+            (("sizes", self.sizes),),
+            needs_starts=self.needs_starts,
+            eager_ns=self.eager_ns,
+        )
+
+    @property
+    def fetching(self) -> Program:
+        return Program(_fetch, self.arguments, (("sizes", self.sizes),), needs_starts=self.needs_starts)
+
+
+MAGNITUDES = Quantity(magnitudes)
 
 
 class _Search:
-    """The interval [low, high) that holds one model's threshold, as integer keys in the order of the floats."""
+    """The interval [low, high) that holds one column's threshold, as integer keys in the order of the floats."""
 
-    def __init__(self, keep: int, elements: int, blocks: int, work: torch.dtype) -> None:
-        self.keep = keep
-        self.low, self.high = 0, int(_keys(np.array([np.inf], _float(work)))[0]) + 1
-        self.at_least_low = np.full(blocks, BLOCK, np.int64)
-        self.at_least_low[-1] -= blocks * BLOCK - elements
-        self.at_least_high = np.zeros(blocks, np.int64)
+    def __init__(self, column: int, keep: int, problem: Problem) -> None:
+        units, unit = problem.units, problem.grain.unit
+        self.column, self.keep, self._unit = column, keep, unit
+        self.low, self.high = 0, int(_keys(np.array([np.inf], _float(problem.work)))[0]) + 1
+        self.at_least_low = np.full(units, unit, np.int64)
+        self.at_least_low[-1] -= units * unit - problem.elements
+        self.at_least_high = np.zeros(units, np.int64)
         self.cut: Cut | None = None
 
     @property
     def inside(self) -> NDArray[np.int64]:
-        """Per block, how many entries lie in the interval."""
+        """Per unit, how many entries lie in the interval."""
         return self.at_least_low - self.at_least_high
 
     @property
@@ -113,25 +153,25 @@ class _Search:
         """How many entries of the interval stay."""
         return self.keep - int(self.at_least_high.sum())
 
-    def pivots(self, sample: NDArray[np.int64], round_number: int) -> list[int]:
-        """At most PIVOTS keys inside (low, high), ascending: from the sorted sample, or evenly spread."""
+    def pivots(self, sample: NDArray[np.int64], round_number: int, most: int) -> list[int]:
+        """At most `most` keys inside (low, high), ascending: from the sorted sample, or evenly spread."""
         seen = sample[np.searchsorted(sample, self.low) : np.searchsorted(sample, self.high)]
         if round_number < _SAMPLED_ROUNDS and len(seen):
             if round_number == 0:
                 seen = _window(seen, self.wanted / max(1, int(self.inside.sum())))
             values = np.unique(seen)
-            if len(values) > PIVOTS // 2:
-                values = np.unique(seen[np.linspace(0, len(seen) - 1, PIVOTS // 2).astype(int)])
+            if len(values) > most // 2:
+                values = np.unique(seen[np.linspace(0, len(seen) - 1, most // 2).astype(int)])
             # A value and its successor: many entries may be equal, and then the cut lies among them.
             candidates = np.unique(np.concatenate([values, values + 1]))
             inside = [int(key) for key in candidates if self.low < key < self.high]
             if inside:
                 return inside
         width = self.high - self.low
-        return sorted({self.low + width * i // (PIVOTS + 1) for i in range(1, PIVOTS + 1)} - {self.low})
+        return sorted({self.low + width * i // (most + 1) for i in range(1, most + 1)} - {self.low})
 
     def narrow(self, pivots: list[int], counts: NDArray[np.int64]) -> None:
-        """Take in the counts (blocks, len(pivots)) of magnitudes >= each pivot."""
+        """Take in the counts (units, len(pivots)) of sizes >= each pivot."""
         for i, (pivot, total) in enumerate(zip(pivots, counts.sum(0).tolist(), strict=True)):
             if total >= self.keep:
                 self.low, self.at_least_low = pivot, counts[:, i]
@@ -145,8 +185,8 @@ class _Search:
             self.cut = Cut(float(_floats(np.array([self.low]), work)[0]), 2**62)
         return self.cut is not None
 
-    def blocks_to_fetch(self) -> NDArray[np.int64] | None:
-        """The blocks that hold what the cut is picked from, or None if counting must go on."""
+    def units_to_fetch(self) -> NDArray[np.int64] | None:
+        """The units that hold what the cut is picked from, or None if counting must go on."""
         cumulative = np.cumsum(self.inside)
         if self.high - self.low == 1:
             return np.array([np.searchsorted(cumulative, self.wanted)])
@@ -156,92 +196,130 @@ class _Search:
         """Choose the cut among fetched entries, given by key and index in ascending order of index."""
         wanted = self.wanted
         if self.high - self.low == 1:
-            wanted -= int(self.inside[: index[0] // BLOCK].sum())
+            wanted -= int(self.inside[: index[0] // self._unit].sum())
         chosen = np.lexsort((index, -keys))[wanted - 1]
         self.cut = Cut(float(_floats(keys[chosen : chosen + 1], work)[0]), int(index[chosen]))
 
 
-def magnitude_cuts(problem: Problem, densities: list[float]) -> Looking[list[Cut]]:
+def magnitude_cuts(problem: Problem, densities: Sequence[float]) -> Looking[list[Cut]]:
     """The cuts that keep the share `densities[i]` of model i's delta: exactly max(1, int(density · n)) entries.
 
     A density of 1 or more keeps everything, of 0 or less nothing.
     """
+    return (
+        yield from find_cuts(problem, MAGNITUDES, [(i, kept(p, problem.elements)) for i, p in enumerate(densities)])
+    )
+
+
+def kept(density: float, elements: int) -> int:
+    """How many of `elements` entries a density keeps: at least one, unless it is 0 or less."""
+    return 0 if density <= 0 else elements if density >= 1 else max(1, int(density * elements))
+
+
+def find_cuts(problem: Problem, quantity: Quantity, wanted: Sequence[tuple[int, int]],
+              arguments: Arguments | None = None) -> Looking[list[Cut]]:  # fmt: skip
+    """For every (column, k) of `wanted` the cut that keeps the k largest entries of that column.
+
+    `arguments` are those of the quantity.
+    """
     n, work = problem.elements, problem.work
-    cuts: list[Cut | None] = [
-        KEEP_ALL if density >= 1 else KEEP_NONE if density <= 0 else None for density in densities
-    ]
-    blocks = -(-n // BLOCK)
-    searches = {
-        i: _Search(max(1, int(density * n)), n, blocks, work) for i, density in enumerate(densities) if cuts[i] is None
-    }
+    searches = {i: _Search(column, k, problem) for i, (column, k) in enumerate(wanted) if 0 < k < n}
     if searches:
-        sample = yield from _sample(problem)
-        if blocks == 1:
-            for i, search in searches.items():
-                search.pick(sample[i], np.arange(n), work)
+        ranking = _Ranking(problem, quantity, arguments or {})
+        sample = yield from ranking.sample()
+        if problem.units == 1:
+            for search in searches.values():
+                search.pick(sample[search.column], np.arange(n), work)
         else:
-            yield from _narrow_all(problem, searches, [np.sort(keys) for keys in sample])
-    return [cut or searches[i].cut or KEEP_NONE for i, cut in enumerate(cuts)]
+            yield from ranking.narrow_all(list(searches.values()), [np.sort(keys) for keys in sample])
+    return [
+        KEEP_NONE if k <= 0 else KEEP_ALL if k >= n else searches[i].cut or KEEP_NONE for i, (_, k) in enumerate(wanted)
+    ]
 
 
-def _sample(problem: Problem) -> Looking[NDArray[np.int64]]:
-    """(models, samples) keys; of a tensor of one block, all of them in order."""
-    n = problem.elements
-    if n <= BLOCK:
-        spans: tuple[tuple[int, int], ...] = ((0, n),)
-    else:
-        step = (n - _SAMPLE_PIECE) // (_SAMPLE_PIECES - 1)
-        spans = tuple((i * step, _SAMPLE_PIECE) for i in range(_SAMPLE_PIECES))
-    answer = yield Look(_MAGNITUDES, {}, spans)
-    sizes: Tensor = answer[0, :, : min(n, BLOCK)]
-    return _keys(sizes.numpy())
+@dataclass(frozen=True)
+class _Ranking:
+    """The looks at one quantity of one tensor."""
+
+    problem: Problem
+    quantity: Quantity
+    arguments: Arguments
+
+    def sample(self) -> Looking[NDArray[np.int64]]:
+        """(columns, samples) keys; of a tensor of one unit, all of them in order."""
+        n, grain = self.problem.elements, self.problem.grain
+        if self.problem.units == 1:
+            spans: tuple[tuple[int, int], ...] = ((0, n),)
+        elif grain.width is None:
+            step = (n - _SAMPLE_PIECE) // (_SAMPLE_PIECES - 1)
+            spans = tuple((i * step, _SAMPLE_PIECE) for i in range(_SAMPLE_PIECES))
+        else:
+            whole = n // grain.unit
+            chosen = sorted({i * (whole - 1) // (_SAMPLE_UNITS - 1) for i in range(_SAMPLE_UNITS)})
+            spans = tuple((unit * grain.unit, grain.unit) for unit in chosen)
+        answers = yield Look(self.quantity.fetching, self.arguments, spans, digest=_as_is)
+        sizes: Tensor = torch.cat([part.transpose(0, 1).reshape(part.shape[1], -1) for part in answers], 1)
+        if self.problem.units == 1:
+            return _keys(sizes[:, :n].numpy())
+        step = max(1, sizes.shape[1] // (_SAMPLE_PIECES * _SAMPLE_PIECE))
+        return _keys(sizes[:, ::step].contiguous().numpy())
+
+    def narrow_all(self, searches: Sequence[_Search], sample: list[NDArray[np.int64]]) -> Looking[None]:
+        work = self.problem.work
+        round_number = 0
+        while open_searches := [search for search in searches if not search.settle(work)]:
+            counting = [search for search in open_searches if search.units_to_fetch() is None]
+            if not counting:
+                yield from self._collect(open_searches)
+                return
+            table = np.zeros((len(sample), PIVOTS), np.int64)
+            chosen: list[tuple[_Search, int, list[int]]] = []
+            for column in sorted({search.column for search in counting}):
+                here = [search for search in counting if search.column == column]
+                at = 0
+                for search in here:
+                    pivots = search.pivots(sample[column], round_number, max(2, PIVOTS // len(here)))
+                    chosen.append((search, at, pivots))
+                    table[column, at : at + len(pivots)] = pivots
+                    at += len(pivots)
+            pivots_of = {"pivots": torch.from_numpy(_floats(table, work))}
+            answer = yield Look(self.quantity.counting, {**self.arguments, **pivots_of})
+            counts = answer.numpy().astype(np.int64)
+            for search, at, pivots in chosen:
+                search.narrow(pivots, counts[:, search.column, at : at + len(pivots)])
+            round_number += 1
+
+    def _collect(self, searches: Sequence[_Search]) -> Looking[None]:
+        """Fetch what lies in the open intervals and pick the cuts."""
+        n, unit, work = self.problem.elements, self.problem.grain.unit, self.problem.work
+        fetched = [(search, units) for search in searches if (units := search.units_to_fetch()) is not None]
+        needed = np.unique(np.concatenate([units for _, units in fetched]))
+        spans = tuple((number * unit, min(unit, n - number * unit)) for number in needed.tolist())
+        bounds = [(search.column, search.low, search.high) for search, _ in fetched]
+
+        def digest(sizes: Tensor, starts: Tensor) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+            found = []
+            index = np.arange(sizes.shape[-1])[None, :] + starts.numpy()
+            for column, low, high in bounds:
+                keys = _keys(sizes[:, column].numpy())
+                inside = (keys >= low) & (keys < high) & (index < n)
+                found.append((keys[inside], index[inside]))
+            return found
+
+        whole = len(spans) == self.problem.units
+        answers = yield Look(self.quantity.fetching, self.arguments, None if whole else spans, digest)
+        for i, (search, units) in enumerate(fetched):
+            keys = np.concatenate([answer[i][0] for answer in answers])
+            index = np.concatenate([answer[i][1] for answer in answers])
+            if search.high - search.low == 1:
+                # Other searches may have asked for other units: only the one where the cut lies counts.
+                here = np.isin(index // unit, units)
+                keys, index = keys[here], index[here]
+            search.pick(keys, index, work)
 
 
-def _narrow_all(problem: Problem, searches: dict[int, _Search], sample: list[NDArray[np.int64]]) -> Looking[None]:
-    round_number = 0
-    while open_searches := {i: s for i, s in searches.items() if not s.settle(problem.work)}:
-        counting = {i: s for i, s in open_searches.items() if s.blocks_to_fetch() is None}
-        if not counting:
-            yield from _collect(problem, open_searches)
-            return
-        chosen = {i: s.pivots(sample[i], round_number) for i, s in counting.items()}
-        table = np.zeros((problem.models, PIVOTS), np.int64)
-        for i, pivots in chosen.items():
-            table[i] = pivots + [pivots[-1]] * (PIVOTS - len(pivots))
-        answer = yield Look(COUNT, {"pivots": torch.from_numpy(_floats(table, problem.work))})
-        counts = answer.numpy().astype(np.int64)
-        for i, pivots in chosen.items():
-            counting[i].narrow(pivots, counts[:, i, : len(pivots)])
-        round_number += 1
-
-
-def _collect(problem: Problem, searches: dict[int, _Search]) -> Looking[None]:
-    """Fetch what lies in the open intervals and pick the cuts."""
-    fetched = {i: blocks for i, search in searches.items() if (blocks := search.blocks_to_fetch()) is not None}
-    needed = np.unique(np.concatenate(list(fetched.values())))
-    n = problem.elements
-    spans = tuple((block * BLOCK, min(BLOCK, n - block * BLOCK)) for block in needed.tolist())
-    bounds = {i: (s.low, s.high) for i, s in searches.items()}
-
-    def digest(sizes: Tensor, starts: Tensor) -> dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        found = {}
-        for i, (low, high) in bounds.items():
-            keys = _keys(sizes[:, i].numpy())
-            index = np.arange(BLOCK)[None, :] + starts.numpy()
-            inside = (keys >= low) & (keys < high) & (index < n)
-            found[i] = (keys[inside], index[inside])
-        return found
-
-    whole = len(spans) * BLOCK >= n
-    answers = yield Look(_MAGNITUDES, {}, None if whole else spans, digest)
-    for i, search in searches.items():
-        keys = np.concatenate([answer[i][0] for answer in answers])
-        index = np.concatenate([answer[i][1] for answer in answers])
-        if search.high - search.low == 1:
-            # Other searches may have asked for other blocks: only the one where the cut lies counts.
-            here = np.isin(index // BLOCK, fetched[i])
-            keys, index = keys[here], index[here]
-        search.pick(keys, index, problem.work)
+def _as_is(sizes: Tensor, starts: Tensor) -> Tensor:
+    return sizes
 
 
 def _window(seen: NDArray[np.int64], share_kept: float) -> NDArray[np.int64]:

@@ -29,7 +29,7 @@ from streammerge.kernels.contract import (
     Settings,
     Tile,
 )
-from streammerge.kernels.cut import COUNT, CUT_ARGUMENTS, cut_arguments, cut_mask, magnitude_cuts
+from streammerge.kernels.cut import CUT_ARGUMENTS, MAGNITUDES, cut_arguments, cut_mask, magnitude, magnitude_cuts
 
 Sparsifier = Literal["none", "magnitude", "random"]
 
@@ -67,7 +67,7 @@ def task_vector_method(name: str, doc: str, *, sparsifier: Sparsifier, election:
         return _merging(used(settings), elects(settings), elects(settings) and settings.flag("normalize"))
 
     def looks(settings: Settings) -> tuple[Program, ...]:
-        counting = (COUNT,) if used(settings) == "magnitude" else ()
+        counting = (MAGNITUDES.counting,) if used(settings) == "magnitude" else ()
         return counting + ((_weighing(used(settings)),) if rescales(settings) else ())
 
     def passes(settings: Settings, narrow: bool) -> int:
@@ -127,12 +127,12 @@ def task_vector_method(name: str, doc: str, *, sparsifier: Sparsifier, election:
             Param("weight", "how strongly the model's delta counts", per_model=True),
             Param("density", density_meaning, 1.0, per_model=True, vectors=prunes_vectors),
             *([Param("scale", "factor on the model's sparsified delta", 1.0, per_model=True)] if scales else []),
-            Param("normalize", "divide by the sum of the weights that count", normalize, boolean=True),
+            Param("normalize", "divide by the sum of the weights that count", normalize, kind="boolean"),
             Param("lambda", "factor on the merged delta", 1.0),
-            Param("rescale", "scale each sparsified delta back to its sum of magnitudes", rescale, boolean=True),
-            Param("int8_mask", "accepted for mergekit's sake; has no effect here", False, boolean=True),
+            Param("rescale", "scale each sparsified delta back to its sum of magnitudes", rescale, kind="boolean"),
+            Param("int8_mask", "accepted for mergekit's sake; has no effect here", False, kind="boolean"),
             *(
-                [Param("sign_consensus", "elect a sign per element, as TIES does", False, boolean=True)]
+                [Param("sign_consensus", "elect a sign per element, as TIES does", False, kind="boolean")]
                 if election == "optional"
                 else []
             ),
@@ -186,7 +186,7 @@ def _masks(tile: Tile, deltas: list[Tensor], arguments: Arguments, sparsifier: S
     if sparsifier == "magnitude":
         assert tile.starts is not None
         return [
-            cut_mask(delta, tile.starts, arguments["threshold"][i], arguments["last"][i])
+            cut_mask(magnitude(delta), tile.starts, arguments["threshold"][i], arguments["last"][i])
             for i, delta in enumerate(deltas)
         ]
     assert tile.keys is not None

@@ -5,15 +5,16 @@ For looking at models that are never written. The engine (run/engine.py) does th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from streammerge.kernels.chance import block_keys
 from streammerge.kernels.compiled import Run, Signature, eager
-from streammerge.kernels.contract import BLOCK, Look, Method, Problem, Program, Settings
+from streammerge.kernels.contract import BLOCK, Grain, Look, Method, Problem, Program, Settings, grain_of
 
 Finder = Callable[[Program, Signature], Run | None]
 
@@ -35,19 +36,28 @@ def pad(elements: int) -> tuple[int, int]:
     return 1, width
 
 
-def merge_whole(method: Method, settings: Settings, inputs: Sequence[Tensor], elements: int, *, has_base: bool,
-                work: torch.dtype, out: torch.dtype, stream_keys: Sequence[int],
-                find: Finder) -> Tensor:  # fmt: skip
-    """The merged tensor, flat, of `elements` elements in the dtype `out`.
+def padded(flat: Tensor) -> Tensor:
+    """A flat tensor in the buffer of `pad`, filled up with zeros."""
+    buffer = torch.zeros(pad(len(flat)), dtype=flat.dtype)
+    buffer.view(-1)[: len(flat)] = flat
+    return buffer
+
+
+def merge_whole(method: Method, settings: Settings, inputs: Sequence[Tensor], shape: Sequence[int], *, has_base: bool,
+                work: torch.dtype, out: torch.dtype, stream_keys: Sequence[int], find: Finder,
+                found: Any = None) -> Tensor:  # fmt: skip
+    """The merged tensor, flat, of a tensor of `shape` in the dtype `out`.
 
     `inputs` are as stored, base first, each in a buffer of the shape of `pad`, filled up with zeros. `find` gives
-    compiled programs where there are any.
+    compiled programs where there are any; `found` is what a survey said of this tensor.
     """
+    elements = math.prod(shape)
     if elements == 0:
         return torch.empty(0, dtype=out)
     signature = Signature(work, tuple(stored.dtype for stored in inputs), has_base, None)
-    runner = _Runner(inputs, elements, signature, stream_keys, find)
-    measuring = method.measure(Problem(elements, signature.models, settings, work))
+    grain = grain_of(shape, by_rows=method.by_rows(settings))
+    runner = _Runner(inputs, elements, grain, signature, stream_keys, find)
+    measuring = method.measure(Problem(elements, signature.models, settings, work, grain, has_base, found))
     answer: Any = None
     while True:
         try:
@@ -57,41 +67,71 @@ def merge_whole(method: Method, settings: Settings, inputs: Sequence[Tensor], el
         answer = runner.look(look)
 
 
+class _Piece(NamedTuple):
+    """Some whole units, as a program takes them."""
+
+    inputs: list[Tensor]
+    starts: Tensor
+    first: int
+    stop: int
+
+
 class _Runner:
     """Runs programs over one tensor."""
 
-    def __init__(self, inputs: Sequence[Tensor], elements: int, signature: Signature, stream_keys: Sequence[int],
-                 find: Finder) -> None:  # fmt: skip
-        self._inputs, self._elements, self._signature = inputs, elements, signature
+    def __init__(self, inputs: Sequence[Tensor], elements: int, grain: Grain, signature: Signature,
+                 stream_keys: Sequence[int], find: Finder) -> None:  # fmt: skip
+        self._inputs, self._elements, self._grain, self._signature = inputs, elements, grain, signature
         self._keys, self._find = stream_keys, find
         self._width = inputs[0].shape[1]
 
     def look(self, look: Look) -> Any:
-        inputs, starts = self._inputs, self._starts(range(0, self._elements, BLOCK))
-        if look.spans is not None:
-            inputs, starts = self._pack(look.spans)
+        run, size = self._run(look.program, self._signature)
         parts = []
-        for piece, run in self._pieces(look.program, self._signature, inputs[0].shape[0]):
-            keys = self._block_keys(look.program, starts[piece])
-            result = run([values[piece] for values in inputs], None, starts[piece], keys, look.arguments)
-            parts.append(result if look.digest is None else look.digest(result, starts[piece]))
-        return parts if look.digest is not None else torch.cat(parts)
+        for piece in self._pieces(size, look.spans):
+            keys = self._block_keys(look.program, piece.starts)
+            part = run(piece.inputs, None, piece.starts, keys, look.arguments)
+            if look.digest is not None:
+                part = look.digest(part, piece.starts)
+            if look.fold is not None:
+                look.fold(part)
+            else:
+                parts.append(part)
+        return look.answer(parts)
 
     def merge(self, program: Program, arguments: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         out = torch.empty(self._inputs[0].shape, dtype=dtype)
-        starts = self._starts(range(0, self._elements, BLOCK))
-        signature = self._signature._replace(out=dtype)
-        for piece, run in self._pieces(program, signature, len(out)):
-            keys = self._block_keys(program, starts[piece])
-            run([values[piece] for values in self._inputs], out[piece], starts[piece], keys, arguments)
+        run, size = self._run(program, self._signature._replace(out=dtype))
+        for piece in self._pieces(size, None):
+            keys = self._block_keys(program, piece.starts)
+            place = out.view(-1)[piece.first : piece.stop].view(piece.inputs[0].shape)
+            run(piece.inputs, place, piece.starts, keys, arguments)
         return out.view(-1)[: self._elements]
 
-    def _pieces(self, program: Program, signature: Signature, rows: int) -> list[tuple[slice, Run]]:
-        compiled = self._find(program, signature) if self._width == BLOCK else None
-        run, size = (eager(program, signature), _EAGER_PIECE) if compiled is None else (compiled, _COMPILED_PIECE)
-        return [(slice(first, first + size), run) for first in range(0, rows, size)]
+    def _run(self, program: Program, signature: Signature) -> tuple[Run, int]:
+        compiled = self._find(program, signature) if self._width == BLOCK and self._grain.width is None else None
+        return (eager(program, signature), _EAGER_PIECE) if compiled is None else (compiled, _COMPILED_PIECE)
 
-    def _pack(self, spans: Sequence[tuple[int, int]]) -> tuple[list[Tensor], Tensor]:
+    def _pieces(self, size: int, spans: Sequence[tuple[int, int]] | None) -> Iterator[_Piece]:
+        """The tensor, or spans of it, in pieces of `size` blocks; by rows in units."""
+        unit = self._grain.unit
+        if self._grain.width is not None:
+            every = [(start, min(unit, self._elements - start)) for start in range(0, self._elements, unit)]
+            for start, count in every if spans is None else spans:
+                inputs = [x.view(-1)[start : start + count].view(-1, self._grain.width) for x in self._inputs]
+                yield _Piece(inputs, torch.tensor([[start]]), start, start + count)
+            return
+        inputs, starts = list(self._inputs), list(range(0, self._elements, BLOCK))
+        if spans is not None:
+            inputs, starts = self._pack(spans)
+        for first in range(0, len(starts), size):
+            stop = min(len(starts), first + size)
+            yield _Piece(
+                [x[first:stop] for x in inputs],
+                torch.tensor(starts[first:stop])[:, None], first * self._width, stop * self._width,
+            )  # fmt: skip
+
+    def _pack(self, spans: Sequence[tuple[int, int]]) -> tuple[list[Tensor], list[int]]:
         """Spans one after the other in blocks of their own. A block's start is that of the span it begins with."""
         total = sum(elements for _, elements in spans)
         rows = -(-total // self._width)
@@ -103,12 +143,10 @@ class _Runner:
             for packed, values in zip(inputs, self._inputs, strict=True):
                 packed.view(-1)[at : at + elements] = values.view(-1)[start : start + elements]
             at += elements
-        return inputs, self._starts(starts)
-
-    def _starts(self, starts: Sequence[int]) -> Tensor:
-        return torch.tensor(list(starts), dtype=torch.int64)[:, None]
+        return inputs, starts
 
     def _block_keys(self, program: Program, starts: Tensor) -> Tensor | None:
         if not program.needs_keys:
             return None
-        return torch.cat([block_keys(self._keys, start // BLOCK, 1) for start in starts[:, 0].tolist()])
+        unit = self._grain.unit
+        return torch.cat([block_keys(self._keys, start // unit, 1) for start in starts[:, 0].tolist()])

@@ -51,7 +51,7 @@ LINEAR = Method(
     doc=__doc__,
     params=(
         Param("weight", "the model's share", per_model=True),
-        Param("normalize", "divide by the sum of the weights", True, boolean=True),
+        Param("normalize", "divide by the sum of the weights", True, kind="boolean"),
     ),
     base="ignored",
     min_models=1,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from streammerge.base.dtypes import DTYPES
 from streammerge.base.errors import DoesNotFit
@@ -35,7 +36,10 @@ _MOST_DIRTY, _LEAST_DIRTY = 256 * MIB, 16 * MIB
 
 @dataclass(frozen=True)
 class Schedule:
-    """Sizes of one run. `tile_blocks` of 65,536 elements make a tile; `slots` tiles are in memory at a time."""
+    """Sizes of one run. About `tile_blocks` of 65,536 elements make a tile; `slots` tiles are in memory at a time.
+
+    The scratch area has room for the samples and single units that some methods look at.
+    """
 
     limit_bytes: int
     baseline_bytes: int
@@ -43,17 +47,13 @@ class Schedule:
     dirty_bytes: int
     tile_blocks: int
     slot_bytes: int
+    scratch_bytes: int
     slots: int
     threads: int
     # Passes over a tensor's inputs are saved when it has at most so many tiles: they stay in their slots.
     resident_tiles: int
     # Of a tensor that is read again, so much is left in the page cache meanwhile: memory nobody else claims.
     cache_bytes: int
-
-    @property
-    def scratch_bytes(self) -> int:
-        """Room for the samples and single blocks that some methods look at."""
-        return self.slot_bytes // self.tile_blocks * SCRATCH_BLOCKS
 
     @property
     def arena_bytes(self) -> int:
@@ -65,16 +65,20 @@ class Schedule:
         return self.baseline_bytes + self.work_bytes + self.dirty_bytes + self.arena_bytes
 
 
+def tile_elements(tensor: TensorPlan, tile_blocks: int) -> int:
+    """The elements of one tile of a tensor: whole units of all its steps."""
+    return max(1, tile_blocks * BLOCK // tensor.quantum) * tensor.quantum
+
+
 def tiles_of(tensor: TensorPlan, tile_blocks: int) -> int:
     """How many tiles a tensor has."""
-    return -(-tensor.elements // (tile_blocks * BLOCK))
+    return -(-tensor.elements // tile_elements(tensor, tile_blocks))
 
 
 def tile_bytes(tensor: TensorPlan, tile_blocks: int) -> int:
-    """What one tile of a tensor takes in a slot: a part for every input, and one for the output."""
-    itemsizes = sum(DTYPES[tensor.inputs[i].dtype].itemsize for i in tensor.read_inputs)
-    output = DTYPES[tensor.dtype].itemsize if tensor.action == "merge" else 0
-    return (itemsizes + output) * tile_blocks * BLOCK
+    """What one tile of a tensor takes in a slot: a part for everything read, and one for every step's result."""
+    blocks = -(-tile_elements(tensor, tile_blocks) // BLOCK)
+    return sum(DTYPES[dtype].itemsize for dtype in tensor.dtypes) * blocks * BLOCK
 
 
 def make_schedule(plan: Plan, *, limit_bytes: int, limited_by: str, allowed: bool, available_bytes: int,
@@ -85,13 +89,16 @@ def make_schedule(plan: Plan, *, limit_bytes: int, limited_by: str, allowed: boo
 
     Raises DoesNotFit with the smallest limit that would do; `limited_by` says in the message where it came from.
     """
-    models = max(len(tensor.inputs) for tensor in plan.tensors)
-    work = threads * (_WORK_PER_THREAD + models * _WORK_PER_MODEL)
+    kinds = _kinds(plan)
+    models = max(len(tensor.dtypes) for tensor in kinds)
+    units = [step.grain(tensor.shape).unit for tensor in kinds for step in tensor.steps]
+    widest = max((-(-unit // BLOCK) for unit in units), default=1)
+    work = threads * (_WORK_PER_THREAD + models * _WORK_PER_MODEL) * widest
     dirty = min(max(_LEAST_DIRTY, min(_MOST_DIRTY, limit_bytes // 8)), max(plan.bytes_to_write, 1))
     fixed = baseline_bytes + work + dirty
     room = limit_bytes - _reserve(limit_bytes) - fixed
-    largest = max(tile_bytes(tensor, 1) for tensor in plan.tensors)
-    fewest = (_FEWEST_SLOTS + SCRATCH_BLOCKS) * largest
+    scratch = max(tile_bytes(tensor, SCRATCH_BLOCKS) for tensor in kinds)
+    fewest = _FEWEST_SLOTS * max(tile_bytes(tensor, 1) for tensor in kinds) + scratch
 
     if room < fewest:
         least_dirty = min(_LEAST_DIRTY, dirty)
@@ -106,11 +113,12 @@ def make_schedule(plan: Plan, *, limit_bytes: int, limited_by: str, allowed: boo
         dirty = least_dirty
         room = limit_bytes - _reserve(limit_bytes) - (baseline_bytes + work + dirty)
 
-    room -= SCRATCH_BLOCKS * largest
-    tile_blocks = min(_TILE_BLOCKS, max(-(-tensor.elements // BLOCK) for tensor in plan.tensors) or 1)
-    while tile_blocks > 1 and room // (tile_blocks * largest) < _SLOTS:
+    room -= scratch
+    tile_blocks = min(_TILE_BLOCKS, max(-(-tensor.elements // BLOCK) for tensor in kinds) or 1)
+    slot = max(tile_bytes(tensor, tile_blocks) for tensor in kinds)
+    while tile_blocks > 1 and room // slot < _SLOTS:
         tile_blocks = -(-tile_blocks // 2)
-    slot = tile_blocks * largest
+        slot = max(tile_bytes(tensor, tile_blocks) for tensor in kinds)
     most = room // slot if allowed else min(room, max(_SLOTS * slot, _DEFAULT_ARENA)) // slot
     slots = max(_FEWEST_SLOTS, min(_slots_wanted(plan, tile_blocks, most), most))
     # Half of the slots go on reading ahead while the tiles of the tensor in work stay in the other half.
@@ -122,6 +130,7 @@ def make_schedule(plan: Plan, *, limit_bytes: int, limited_by: str, allowed: boo
         dirty_bytes=dirty,
         tile_blocks=tile_blocks,
         slot_bytes=slot,
+        scratch_bytes=scratch,
         slots=slots,
         threads=threads,
         resident_tiles=resident,
@@ -131,7 +140,7 @@ def make_schedule(plan: Plan, *, limit_bytes: int, limited_by: str, allowed: boo
 
 def _slots_wanted(plan: Plan, tile_blocks: int, most: int) -> int:
     """Enough to read ahead, and to keep every tensor that is looked at more than once and can be kept in `most`."""
-    tiles = [tiles_of(tensor, tile_blocks) for tensor in plan.tensors if plan.passes(tensor) > 1]
+    tiles = [tiles_of(tensor, tile_blocks) for tensor in plan.tensors if tensor.passes > 1]
     return max(_SLOTS, 2 * max((count for count in tiles if 2 * count <= most), default=0))
 
 
@@ -140,13 +149,19 @@ def stays(tensor: TensorPlan, schedule: Schedule) -> bool:
     return tiles_of(tensor, schedule.tile_blocks) <= schedule.resident_tiles
 
 
-def bytes_to_read(plan: Plan, tensors: Iterable[TensorPlan], schedule: Schedule) -> int:
+def bytes_to_read(tensors: Iterable[TensorPlan], schedule: Schedule) -> int:
     """What merging `tensors` reads in all its passes."""
-    return sum(
-        sum(tensor.inputs[i].nbytes for i in tensor.read_inputs)
-        * (1 if stays(tensor, schedule) else plan.passes(tensor))
-        for tensor in tensors
-    )
+    return sum(tensor.read_bytes * (1 if stays(tensor, schedule) else tensor.passes) for tensor in tensors)
+
+
+def _kinds(plan: Plan) -> list[TensorPlan]:
+    """The largest tensor of every kind that takes its own room in a slot."""
+    largest: dict[Any, TensorPlan] = {}
+    for tensor in plan.tensors:
+        kind = (tensor.dtypes, tensor.quantum, len(tensor.steps))
+        if kind not in largest or tensor.elements > largest[kind].elements:
+            largest[kind] = tensor
+    return list(largest.values())
 
 
 def _reserve(limit: int) -> int:

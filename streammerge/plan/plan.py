@@ -7,8 +7,9 @@ same digest, same bytes. Memory, threads, tile sizes and devices are not in it; 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ import xxhash
 
 from streammerge.base.dtypes import DTYPES, promote
 from streammerge.base.errors import RecipeError, ShapeMismatch
-from streammerge.kernels.contract import Method, Param, Settings, Value
+from streammerge.kernels.contract import BLOCK, Grain, Method, Param, Settings, Value, grain_of
 from streammerge.plan.layout import ShardLayout, lay_out
 from streammerge.plan.names import gradient_positions
 from streammerge.plan.recipe import Recipe, nearest
@@ -29,23 +30,47 @@ _SHOWN = 10
 
 
 @dataclass(frozen=True)
-class TensorPlan:
-    """One output tensor: where its inputs are, what is done, and where its bytes go.
+class Read:
+    """One tensor of one of the plan's checkpoints."""
 
-    `inputs` has one entry per checkpoint, base first. A "copy" takes the bytes of `inputs[source]` as they are; an
-    "equal" does so after making sure that all inputs agree (integers are never computed with). `work` is the dtype of
-    the arithmetic, F32 or F64.
+    checkpoint: int
+    spec: TensorSpec
+
+
+@dataclass(frozen=True)
+class Step:
+    """One merge: a method over some operands, base first if `has_base`.
+
+    An operand below the number of a tensor's reads is one of them, the next ones are the results of earlier steps.
+    `work` is the dtype of the arithmetic, F32 or F64; `stream` names the random bits.
+    """
+
+    method: Method
+    settings: Settings
+    operands: tuple[int, ...]
+    has_base: bool
+    dtype: str
+    work: str
+    stream: str
+
+    def grain(self, shape: Sequence[int]) -> Grain:
+        return grain_of(shape, by_rows=self.method.by_rows(self.settings))
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One output tensor: what is read for it, what is done, and where its bytes go.
+
+    Without steps the bytes of the first read are copied, after making sure that all reads agree (integers are never
+    computed with). With steps, the last one's result is written.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     elements: int
-    inputs: tuple[TensorSpec, ...]
-    action: Literal["merge", "copy", "equal"]
-    source: int
-    work: str
-    settings: Settings
+    reads: tuple[Read, ...]
+    steps: tuple[Step, ...]
     shard: int
     offset: int
 
@@ -54,9 +79,32 @@ class TensorPlan:
         return self.elements * DTYPES[self.dtype].itemsize
 
     @property
-    def read_inputs(self) -> tuple[int, ...]:
-        """The inputs whose bytes are needed."""
-        return (self.source,) if self.action == "copy" else tuple(range(len(self.inputs)))
+    def read_bytes(self) -> int:
+        """The bytes of all that is read, once."""
+        return sum(read.spec.nbytes for read in self.reads)
+
+    @property
+    def action(self) -> Literal["merge", "copy", "equal"]:
+        return "merge" if self.steps else "copy" if len(self.reads) == 1 else "equal"
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The dtype of every operand: of the reads, then of the steps."""
+        return (*(read.spec.dtype for read in self.reads), *(step.dtype for step in self.steps))
+
+    @property
+    def passes(self) -> int:
+        """How often it is read when what is read does not stay in memory."""
+        return 1 + sum(step.method.passes(step.settings, self._narrow(step)) - 1 for step in self.steps)
+
+    @cached_property
+    def quantum(self) -> int:
+        """A tile's elements are a multiple of this, for the units of every step to be whole; or else all of them."""
+        units = {step.grain(self.shape).unit for step in self.steps} or {BLOCK}
+        return min(math.lcm(*units), max(1, self.elements) if len(units) > 1 else math.lcm(*units))
+
+    def _narrow(self, step: Step) -> bool:
+        return all(DTYPES[self.dtypes[i]].bits == 16 for i in step.operands)
 
 
 @dataclass(frozen=True)
@@ -66,6 +114,7 @@ class Plan:
     recipe: Recipe
     checkpoints: tuple[Checkpoint, ...]
     tensors: tuple[TensorPlan, ...]
+    settings: Mapping[str, Settings]
     shards: tuple[ShardLayout, ...]
     seed: int
     facts: dict[str, Any]
@@ -88,12 +137,6 @@ class Plan:
     @cached_property
     def bytes_to_write(self) -> int:
         return sum(shard.nbytes for shard in self.shards)
-
-    def passes(self, tensor: TensorPlan) -> int:
-        """How often the inputs of a tensor are read when they do not stay in memory."""
-        if tensor.action != "merge":
-            return 1
-        return self.method.passes(tensor.settings, all(DTYPES[spec.dtype].bits == 16 for spec in tensor.inputs))
 
 
 def build_plan(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, seed: int, shard_bytes: int,
@@ -121,42 +164,33 @@ def build_plan(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, seed: int, 
         spec = checkpoints[0].tensors[name]
         drafts[name] = (_output_dtype(recipe, [checkpoint.tensors[name] for checkpoint in checkpoints]), spec.shape)
     shards = lay_out(drafts, shard_bytes)
-    tensors = tuple(
-        _tensor_plan(recipe, checkpoints, settings[entry.name], entry.name, entry.dtype, number, entry.start)
-        for number, shard in enumerate(shards)
-        for entry in shard.entries
+    tensors = []
+    for number, shard in enumerate(shards):
+        for entry in shard.entries:
+            everywhere = [Read(i, checkpoint.tensors[entry.name]) for i, checkpoint in enumerate(checkpoints)]
+            reads, steps = work_of(entry.name, entry.dtype, everywhere, recipe.method, settings[entry.name],
+                                   has_base=recipe.base is not None)  # fmt: skip
+            elements = reads[0].spec.elements
+            tensors.append(
+                TensorPlan(entry.name, entry.dtype, entry.shape, elements, reads, steps, number, entry.start)
+            )
+    facts = _facts(recipe, checkpoints, settings, shards, seed)
+    return Plan(
+        recipe, tuple(checkpoints), tuple(tensors), settings, shards, seed, facts, (*recipe.warnings, *unmatched)
     )
-    facts = _facts(recipe, checkpoints, tensors, shards, seed)
-    return Plan(recipe, tuple(checkpoints), tensors, shards, seed, facts, (*recipe.warnings, *unmatched))
 
 
-def _tensor_plan(recipe: Recipe, checkpoints: Sequence[Checkpoint], settings: Settings, name: str, dtype: str,
-                 shard: int, offset: int) -> TensorPlan:  # fmt: skip
-    inputs = tuple(checkpoint.tensors[name] for checkpoint in checkpoints)
-    action, source = _action(recipe.method, settings, inputs, dtype)
-    work = "F64" if "F64" in {dtype, *(spec.dtype for spec in inputs)} else "F32"
-    first = inputs[0]
-    return TensorPlan(
-        name, dtype, first.shape, first.elements, inputs, action, source, work, settings, shard, offset
-    )  # fmt: skip
-
-
-def with_settings(tensor: TensorPlan, method: Method, settings: Settings) -> TensorPlan:
-    """The same output tensor, merged with other parameters."""
-    action, source = _action(method, settings, tensor.inputs, tensor.dtype)
-    return replace(tensor, settings=settings, action=action, source=source)
-
-
-def _action(
-    method: Method, settings: Settings, inputs: Sequence[TensorSpec], dtype: str
-) -> tuple[Literal["merge", "copy", "equal"], int]:
-    """What is done with a tensor, and the input that is copied."""
-    if DTYPES[inputs[0].dtype].kind == "exact":
-        return ("copy" if len(inputs) == 1 else "equal"), 0
+def work_of(name: str, dtype: str, reads: Sequence[Read], method: Method, settings: Settings, *,
+            has_base: bool) -> tuple[tuple[Read, ...], tuple[Step, ...]]:  # fmt: skip
+    """Reads and steps of an output tensor: a method over `reads`, or the copy of one if that is all it comes to."""
+    dtypes = [read.spec.dtype for read in reads]
+    if DTYPES[dtypes[0]].kind == "exact":
+        return tuple(reads), ()
     copied = method.copies(settings)
-    if copied is not None and inputs[copied].dtype == dtype:
-        return "copy", copied
-    return "merge", 0
+    if copied is not None and dtypes[copied] == dtype:
+        return (reads[copied],), ()
+    work = "F64" if "F64" in {dtype, *dtypes} else "F32"
+    return tuple(reads), (Step(method, settings, tuple(range(len(reads))), has_base, dtype, work, name),)
 
 
 def _output_dtype(recipe: Recipe, inputs: Sequence[TensorSpec]) -> str:
@@ -316,7 +350,7 @@ def _is_constant(setting: Setting) -> bool:
     return not setting or (setting[0].filter in (None, "*") and len(setting[0].values) == 1)
 
 
-def _facts(recipe: Recipe, checkpoints: Sequence[Checkpoint], tensors: Sequence[TensorPlan],
+def _facts(recipe: Recipe, checkpoints: Sequence[Checkpoint], settings: Mapping[str, Settings],
            shards: Sequence[ShardLayout], seed: int) -> dict[str, Any]:  # fmt: skip
     """What the digest is made of, and what a refusal to resume compares."""
     return {
@@ -333,15 +367,15 @@ def _facts(recipe: Recipe, checkpoints: Sequence[Checkpoint], tensors: Sequence[
             for source, checkpoint in zip(recipe.inputs, checkpoints, strict=True)
         ],
         "shards": {shard.name: xxhash.xxh3_128_hexdigest(shard.header) for shard in shards},
-        "parameters": _parameter_facts(tensors),
+        "parameters": _parameter_facts(settings),
     }
 
 
-def _parameter_facts(tensors: Sequence[TensorPlan]) -> dict[str, Any]:
+def _parameter_facts(settings: Mapping[str, Settings]) -> dict[str, Any]:
     """The parameters, and for each set of them the tensors that have it."""
     groups: dict[str, list[str]] = {}
-    for tensor in tensors:
-        groups.setdefault(_settings_text(tensor.settings), []).append(tensor.name)
+    for name, own in settings.items():
+        groups.setdefault(_settings_text(own), []).append(name)
     return {
         text: xxhash.xxh3_128_hexdigest("\n".join(sorted(names)).encode()) for text, names in sorted(groups.items())
     }

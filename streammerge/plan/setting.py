@@ -45,14 +45,18 @@ def parse_setting(content: Any) -> Setting:
 def value_at(setting: Setting, name: str, position: float, param: Param) -> Value | None:
     """The value for tensor `name` at `position` (0 the first layer, 1 the last), or None if no entry matches.
 
-    Numbers are interpolated along a gradient, booleans step. Raises ValueError for a scalar of the wrong type.
+    Numbers are interpolated along a gradient, booleans and texts step. Raises ValueError for a scalar of a wrong
+    type.
     """
     for entry in setting:
         if entry.matches(name):
             values = [_typed(value, param) for value in entry.values]
-            if param.boolean:
+            if param.kind in ("boolean", "text"):
                 return values[int(position * (len(values) - 1))]
-            return _interpolate([float(value) for value in values], position)
+            number = _interpolate([float(value) for value in values], position)
+            if param.kind == "integer" and not number.is_integer():
+                raise ValueError(f"expected a whole number, found {number:g}")
+            return number
     return None
 
 
@@ -85,10 +89,16 @@ def _values(content: Any) -> tuple[Scalar, ...]:
 
 
 def _typed(value: Scalar, param: Param) -> Value:
-    if param.boolean:
+    if param.kind == "text":
+        if value in param.choices:
+            return value
+        raise ValueError(f"expected {' or '.join(param.choices)}, found {value!r}")
+    if param.kind == "boolean":
         if isinstance(value, bool) or value in (0, 1):
             return bool(value)
         raise ValueError(f"expected true or false, found {value!r}")
+    if isinstance(value, bool) and param.kind == "integer":
+        raise ValueError(f"expected a whole number, found {value!r}")
     # YAML 1.1 reads 1e-5, without a dot, as text.
     try:
         number = float(value)

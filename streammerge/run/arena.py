@@ -12,7 +12,7 @@ from torch import Tensor
 from streammerge.base.dtypes import DTYPES
 from streammerge.base.errors import DoesNotFit
 from streammerge.base.units import format_size
-from streammerge.kernels.contract import BLOCK
+from streammerge.kernels.contract import BLOCK, Grain
 from streammerge.kernels.dtypes import torch_dtype
 
 # Not in Python's mmap module.
@@ -31,12 +31,23 @@ class Area:
         self.tensor, self.bytes = tensor, data
         self.itemsize = tensor.element_size()
         self._pieces: dict[int, list[Tensor]] = {}
+        self._rows: dict[tuple[Grain, int], list[Tensor]] = {}
 
     def pieces(self, size: int) -> list[Tensor]:
         """The tensor in pieces of at most `size` blocks."""
         if size not in self._pieces:
             self._pieces[size] = [self.tensor[first : first + size] for first in range(0, len(self.tensor), size)]
         return self._pieces[size]
+
+    def rows(self, grain: Grain, elements: int) -> list[Tensor]:
+        """The first `elements`, one piece per unit of whole rows."""
+        assert grain.width is not None
+        if (grain, elements) not in self._rows:
+            flat, unit = self.tensor.view(-1), grain.unit
+            self._rows[grain, elements] = [
+                flat[start : min(start + unit, elements)].view(-1, grain.width) for start in range(0, elements, unit)
+            ]
+        return self._rows[grain, elements]
 
     def zero_from(self, elements: int) -> None:
         """Fill with zeros from `elements` on to the end of that block."""

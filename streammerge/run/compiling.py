@@ -18,7 +18,7 @@ from streammerge.kernels.compiled import (
 from streammerge.kernels.contract import Program
 from streammerge.kernels.dtypes import torch_dtype
 from streammerge.plan.budget import Schedule
-from streammerge.plan.plan import Plan, TensorPlan
+from streammerge.plan.plan import Step, TensorPlan
 
 Compile = Literal["auto", "on", "off"]
 # Per element and model on one thread, where eager code takes what the program says (docs/design.md has a table).
@@ -51,11 +51,9 @@ class Compiling:
             tell(f"compiling failed ({failure}); {_SLOWER}")
 
 
-def consider(
-    plan: Plan, tensors: Sequence[TensorPlan], schedule: Schedule, mode: Compile, *, on_gpu: bool
-) -> Compiling:
+def consider(tensors: Sequence[TensorPlan], schedule: Schedule, mode: Compile, *, on_gpu: bool) -> Compiling:
     """Decide what to compile for `tensors`: with "auto" what saves more time than it costs, if there is memory."""
-    return weigh(programs_of(plan, tensors), schedule.threads, schedule.limit_bytes, "off" if on_gpu else mode)
+    return weigh(programs_of(tensors), schedule.threads, schedule.limit_bytes, "off" if on_gpu else mode)
 
 
 def weigh(wanted: Mapping[tuple[Program, Signature], int], threads: int, limit_bytes: int, mode: Compile) -> Compiling:
@@ -85,16 +83,22 @@ def _cannot(limit_bytes: int) -> str | None:
     return compiler_missing()
 
 
-def programs_of(plan: Plan, tensors: Sequence[TensorPlan]) -> dict[tuple[Program, Signature], int]:
-    """The programs these tensors need, with the elements times models that each sees in all."""
+def programs_of(tensors: Sequence[TensorPlan]) -> dict[tuple[Program, Signature], int]:
+    """The programs of these tensors that can be compiled, with the elements times models that each sees in all."""
     counts: dict[tuple[Program, Signature], int] = {}
     for tensor in tensors:
-        if tensor.action != "merge":
-            continue
-        inputs = tuple(torch_dtype(spec.dtype) for spec in tensor.inputs)
-        look = Signature(torch_dtype(tensor.work), inputs, plan.has_base, None)
-        used = [(program, look) for program in plan.method.looks(tensor.settings)]
-        used.append((plan.method.program(tensor.settings), look._replace(out=torch_dtype(tensor.dtype))))
-        for pair in used:
-            counts[pair] = counts.get(pair, 0) + tensor.elements * look.models
+        for step in tensor.steps:
+            if step.grain(tensor.shape).width is not None:
+                continue
+            method, look = step.method, signature_of(tensor, step)
+            used = [(program, look) for program in method.looks(step.settings)]
+            used.append((method.program(step.settings), look._replace(out=torch_dtype(step.dtype))))
+            for pair in used:
+                counts[pair] = counts.get(pair, 0) + tensor.elements * look.models
     return counts
+
+
+def signature_of(tensor: TensorPlan, step: Step) -> Signature:
+    """The types a step's looks are run with."""
+    inputs = tuple(torch_dtype(tensor.dtypes[i]) for i in step.operands)
+    return Signature(torch_dtype(step.work), inputs, step.has_base, None)

@@ -1,8 +1,8 @@
 """The engine: walks the plan tensor by tensor, tile by tile. Has no decisions of its own.
 
     for each tensor of the plan that the journal does not have:
-        merge    arguments = the method's measure, its looks answered from the tiles
-                 each tile: program(tile, arguments) -> output area -> WriteBehind
+        merge    for each step: arguments = its method's measure, the looks answered from the tiles
+                 each tile: program(tile, arguments) of every step; the last one's area -> WriteBehind
         copy     each tile -> WriteBehind
 
 A tensor of few tiles keeps them in their slots through all looks; a longer one is read again for each. Reading runs
@@ -20,15 +20,15 @@ from torch import Tensor
 
 from streammerge.base.errors import InputError, Stopped, UserError
 from streammerge.kernels.chance import block_keys, stream_key
-from streammerge.kernels.compiled import Signature
-from streammerge.kernels.contract import BLOCK, Look, Problem, Program
+from streammerge.kernels.contract import BLOCK, Arguments, Grain, Look, Problem, Program
 from streammerge.kernels.dtypes import torch_dtype
-from streammerge.plan.budget import SCRATCH_BLOCKS, Schedule, stays
+from streammerge.plan.budget import SCRATCH_BLOCKS, Schedule, stays, tile_elements
 from streammerge.plan.plan import Plan, TensorPlan
 from streammerge.run.arena import Area, Arena
+from streammerge.run.compiling import signature_of
 from streammerge.run.journal import Done
-from streammerge.run.lane import Lane, Merged, scan
-from streammerge.run.pipeline import ReadAhead, Tile, WriteBehind, read_elements, tile_dtypes
+from streammerge.run.lane import Lane, Merged, Stretch, scan
+from streammerge.run.pipeline import ReadAhead, Tile, WriteBehind, read_elements
 from streammerge.storage.source import Source
 
 # One tile is computed, the next one waits its turn.
@@ -76,112 +76,128 @@ class Engine:
         seen: list[Merged] = []
         for tile in tiles:
             self._get(tile)
-            for other in tile.inputs[1:]:
+            for other in tile.areas[1:]:
                 size = tile.elements * other.itemsize
-                if tile.inputs[0].bytes[:size] != other.bytes[:size]:
+                if tile.areas[0].bytes[:size] != other.bytes[:size]:
                     raise UserError(
                         f"{tensor.name}: its integers ({tensor.dtype}) differ between inputs, and integers are only "
                         f"copied. Give the models the same ones, or leave one of them out."
                     )
-            seen.append(scan(tile.inputs[0], tensor.dtype, tile.elements))
-            self._put(tile, tile.inputs[0], seen)
+            seen.append(scan(tile.areas[0], tensor.dtype, tile.elements))
+            self._put(tile, tile.areas[0], seen)
 
     def _merge(self, tensor: TensorPlan, tiles: list[Tile]) -> None:
-        plan = self._plan
         resident = self._stays(tensor)
-        work = torch_dtype(tensor.work)
-        types = tuple(torch_dtype(spec.dtype) for spec in tensor.inputs)
-        signature = Signature(work, types, plan.has_base, None)
-        keys = [stream_key(plan.seed, tensor.name, i) for i in range(signature.models)]
-        measuring = plan.method.measure(Problem(tensor.elements, signature.models, tensor.settings, work))
         if resident:
             self._read_ahead()
-
-        answer: Any = None
-        while True:
-            try:
-                look = measuring.send(answer)
-            except StopIteration as stop:
-                arguments: dict[str, Tensor] = stop.value
-                break
-            if look.spans is not None:
-                answer = self._look_at_spans(tensor, look, signature, keys, tiles if resident else None)
-            else:
-                answer = self._look_at_all(look, signature, keys, tiles, keep=resident)
-                if not resident:
-                    tiles = self._tiles(tensor)
-                    self._reader.request(tiles)
+        work = _Work(tensor, self._plan.seed)
+        for number, step in enumerate(tensor.steps):
+            measuring = step.method.measure(work.problem(number))
+            answer: Any = None
+            while True:
+                try:
+                    look = measuring.send(answer)
+                except StopIteration as stop:
+                    work.arguments.append(stop.value)
+                    break
+                if look.spans is not None:
+                    answer = self._look_at_spans(work, number, look, tiles if resident else None)
+                else:
+                    answer = self._look_at_all(work, number, look, tiles, keep=resident)
+                    if not resident:
+                        tiles = self._tiles(tensor)
+                        self._reader.request(tiles)
 
         self._read_ahead()
-        program = plan.method.program(tensor.settings)
-        signature = signature._replace(out=torch_dtype(tensor.dtype))
+        last = len(tensor.steps) - 1
         seen: list[Merged] = []
         for tile in tiles:
-            self._get(tile)
-            starts = _starts(tile.first_block, tile.blocks) if program.needs_starts else None
-            assert tile.output is not None
-            merged = self._lane.merge(
-                program, signature, tile.inputs, tile.output, tile.elements, starts, _keys(program, keys, tile),
-                arguments,
-            )  # fmt: skip
-            seen.append(merged)
-            self._put(tile, tile.output, seen)
+            self._make(work, self._get(tile), last)
+            out = tile.areas[-1]
+            seen.append(self._run_step(work, last, tile.areas, out, tile.start, tile.elements))
+            self._put(tile, out, seen)
 
-    def _look_at_all(self, look: Look, signature: Signature, keys: list[int], tiles: list[Tile], *, keep: bool) -> Any:
+    def _make(self, work: _Work, tile: Tile, steps: int) -> None:
+        """Fill the areas of a tile's first `steps` steps."""
+        reads = len(work.tensor.reads)
+        for number in range(tile.made, steps):
+            self._run_step(work, number, tile.areas, tile.areas[reads + number], tile.start, tile.elements).ready()
+            tile.made = number + 1
+
+    def _run_step(self, work: _Work, number: int, areas: Sequence[Area], out: Area, start: int, elements: int,
+                  starts: Tensor | None = None) -> Merged:  # fmt: skip
+        """Start one step on some whole units from element `start` on; or on units that begin at `starts`."""
+        step = work.tensor.steps[number]
+        program = step.method.program(step.settings)
+        stretch = work.stretch(number, program, areas, start, elements, starts, needs_starts=program.needs_starts)
+        signature = work.signatures[number]._replace(out=torch_dtype(step.dtype))
+        return self._lane.merge(program, signature, stretch, out, work.arguments[number])
+
+    def _look_at_all(self, work: _Work, number: int, look: Look, tiles: list[Tile], *, keep: bool) -> Any:
         parts: list[Any] = []
         looking: deque[tuple[Tile, Callable[[], list[Any]]]] = deque()
 
         def take() -> None:
             tile, result = looking.popleft()
-            parts.extend(result())
+            for part in result():
+                if look.fold is not None:
+                    look.fold(part)
+                else:
+                    parts.append(part)
             if not keep:
                 self._reader.release(tile)
 
+        needed = look.program.needs_starts or look.digest is not None
         for tile in tiles:
-            self._get(tile)
-            needed = look.program.needs_starts or look.digest is not None
-            starts = _starts(tile.first_block, tile.blocks) if needed else None
-            result = self._lane.look(look, signature, tile.inputs, starts, _keys(look.program, keys, tile))
-            looking.append((tile, result))
+            self._make(work, self._get(tile), number)
+            stretch = work.stretch(number, look.program, tile.areas, tile.start, tile.elements, needs_starts=needed)
+            looking.append((tile, self._lane.look(look, work.signatures[number], stretch)))
             if len(looking) == _LOOKS_AT_ONCE:
                 take()
         while looking:
             take()
-        return parts if look.digest is not None else torch.cat(parts)
+        return look.answer(parts)
 
-    def _look_at_spans(self, tensor: TensorPlan, look: Look, signature: Signature, keys: list[int],
-                       tiles: list[Tile] | None) -> Any:  # fmt: skip
+    def _look_at_spans(self, work: _Work, number: int, look: Look, tiles: list[Tile] | None) -> Any:
         """Pack the spans into the scratch area, a few blocks at a time, from tiles in memory or from the files."""
-        dtypes = tile_dtypes(tensor)[: len(tensor.read_inputs)]
+        tensor, grain = work.tensor, work.grains[number]
         parts: list[Any] = []
-        for pack in _packs(look.spans or ()):
+        for pack in _packs(look.spans or (), grain):
             at = 0
-            blocks = -(-sum(elements for _, elements in pack) // BLOCK)
-            inputs = self._arena.areas(self._arena.slots, dtypes, blocks)
-            starts = torch.zeros(blocks, 1, dtype=torch.int64)
-            for start, elements in pack:
-                if at % BLOCK == 0:
-                    starts[at // BLOCK] = start
+            elements = sum(count for _, count in pack)
+            blocks = -(-elements // BLOCK)
+            areas = self._arena.areas(self._arena.slots, tensor.dtypes, blocks)
+            reads = areas[: len(tensor.reads)]
+            starts = torch.zeros(grain.units(elements), 1, dtype=torch.int64)
+            for start, count in pack:
+                if at % grain.unit == 0:
+                    starts[at // grain.unit] = start
                 if tiles is None:
-                    self._reader.bytes_read += read_elements(self._sources, tensor, inputs, start, elements, at)
+                    self._reader.bytes_read += read_elements(self._sources, tensor, areas, start, count, at)
                 else:
-                    self._gather(inputs, tiles, start, elements, at)
-                at += elements
-            for area in inputs:
+                    self._gather(reads, tiles, start, count, at)
+                at += count
+            for area in reads:
                 area.zero_from(at)
-            tile_keys = None
-            if look.program.needs_keys:
-                tile_keys = torch.cat([block_keys(keys, start // BLOCK, 1) for start in starts[:, 0].tolist()])
-            parts += self._lane.look(look, signature, inputs, starts, tile_keys)()
-        return parts if look.digest is not None else torch.cat(parts)
+            for earlier in range(number):
+                out = areas[len(reads) + earlier]
+                self._run_step(work, earlier, areas, out, 0, elements, starts).ready()
+            stretch = work.stretch(number, look.program, areas, 0, elements, starts, needs_starts=True)
+            for part in self._lane.look(look, work.signatures[number], stretch)():
+                if look.fold is not None:
+                    look.fold(part)
+                else:
+                    parts.append(part)
+        return look.answer(parts)
 
     def _gather(self, into: Sequence[Area], tiles: list[Tile], start: int, elements: int, at: int) -> None:
         """Copy elements [start, start + elements) out of tiles in memory, to element `at` on."""
+        size_of_tile = tile_elements(tiles[0].tensor, self._schedule.tile_blocks)
         while elements:
-            tile = self._get(tiles[start // (self._schedule.tile_blocks * BLOCK)])
+            tile = self._get(tiles[start // size_of_tile])
             first = start - tile.start
             count = min(elements, tile.elements - first)
-            for area, source in zip(into, tile.inputs, strict=True):
+            for area, source in zip(into, tile.areas, strict=False):
                 size = area.itemsize
                 area.bytes[at * size : (at + count) * size] = source.bytes[first * size : (first + count) * size]
             start, at, elements = start + count, at + count, elements - count
@@ -229,41 +245,67 @@ class Engine:
             self._ahead.append((tensor, tiles))
 
     def _reads_again(self, tensor: TensorPlan) -> bool:
-        return self._plan.passes(tensor) > 1 and not self._stays(tensor)
+        return tensor.passes > 1 and not self._stays(tensor)
 
     def _stays(self, tensor: TensorPlan) -> bool:
         return stays(tensor, self._schedule)
 
     def _tiles(self, tensor: TensorPlan) -> list[Tile]:
-        size = self._schedule.tile_blocks * BLOCK
+        size = tile_elements(tensor, self._schedule.tile_blocks)
         # A later pass finds in the page cache what this one leaves there, if that is not taken from anyone.
-        fits = sum(tensor.inputs[i].nbytes for i in tensor.read_inputs) <= self._schedule.cache_bytes
-        keep = self._reads_again(tensor) and fits
-        tiles = []
-        for start in range(0, tensor.elements, size):
-            elements = min(size, tensor.elements - start)
-            tiles.append(Tile(tensor, start // BLOCK, -(-elements // BLOCK), elements, keep_cached=keep))
-        return tiles
+        keep = self._reads_again(tensor) and tensor.read_bytes <= self._schedule.cache_bytes
+        return [
+            Tile(tensor, start, min(size, tensor.elements - start), keep_cached=keep)
+            for start in range(0, tensor.elements, size)
+        ]
+
+
+class _Work:
+    """A tensor in work: what every step is run with, and the arguments of those that are measured."""
+
+    def __init__(self, tensor: TensorPlan, seed: int) -> None:
+        self.tensor = tensor
+        self.signatures = [signature_of(tensor, step) for step in tensor.steps]
+        self.grains = [step.grain(tensor.shape) for step in tensor.steps]
+        self.arguments: list[Arguments] = []
+        self._keys = [
+            [stream_key(seed, step.stream, i) for i in range(signature.models)]
+            for step, signature in zip(tensor.steps, self.signatures, strict=True)
+        ]
+
+    def problem(self, number: int) -> Problem:
+        """What the method of a step is asked to measure."""
+        step, signature = self.tensor.steps[number], self.signatures[number]
+        return Problem(
+            self.tensor.elements, signature.models, step.settings, signature.work, self.grains[number], step.has_base
+        )
+
+    def stretch(self, number: int, program: Program, areas: Sequence[Area], start: int, elements: int,
+                starts: Tensor | None = None, *, needs_starts: bool) -> Stretch:  # fmt: skip
+        """The operands of a step in `areas`: whole units from element `start` on, or that begin at `starts`."""
+        step, grain = self.tensor.steps[number], self.grains[number]
+        keys = None
+        if program.needs_keys and starts is None:
+            keys = block_keys(self._keys[number], start // grain.unit, grain.units(elements))
+        elif program.needs_keys:
+            assert starts is not None
+            firsts = (starts[:, 0] // grain.unit).tolist()
+            keys = torch.cat([block_keys(self._keys[number], first, 1) for first in firsts])
+        if needs_starts and starts is None:
+            starts = (torch.arange(grain.units(elements)) * grain.unit + start)[:, None]
+        return Stretch([areas[i] for i in step.operands], elements, grain, starts if needs_starts else None, keys)
 
 
 def _nothing() -> None:
     pass
 
 
-def _starts(first_block: int, blocks: int) -> Tensor:
-    return ((torch.arange(blocks) + first_block) * BLOCK)[:, None]
-
-
-def _keys(program: Program, keys: list[int], tile: Tile) -> Tensor | None:
-    return block_keys(keys, tile.first_block, tile.blocks) if program.needs_keys else None
-
-
-def _packs(spans: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-    """Groups of spans that fill at most the scratch area."""
+def _packs(spans: Sequence[tuple[int, int]], grain: Grain) -> Iterator[list[tuple[int, int]]]:
+    """Groups of spans that fill at most the scratch area; by rows one by one."""
     pack: list[tuple[int, int]] = []
     size = 0
     for start, elements in spans:
-        if size + elements > SCRATCH_BLOCKS * BLOCK:
+        if pack and (grain.width is not None or size + elements > SCRATCH_BLOCKS * BLOCK):
             yield pack
             pack, size = [], 0
         pack.append((start, elements))

@@ -22,19 +22,18 @@ _WRITE_BYTES_PER_SECOND = 1.2e9
 
 def estimate_seconds(plan: Plan, tensors: Sequence[TensorPlan], schedule: Schedule, computing: float) -> float:
     """About how many seconds merging `tensors` takes, of which the arithmetic alone takes `computing`."""
-    reading = bytes_to_read(plan, tensors, schedule) / _read_rate(plan)
+    reading = bytes_to_read(tensors, schedule) / _read_rate(plan)
     writing = sum(tensor.nbytes for tensor in tensors) / _WRITE_BYTES_PER_SECOND
     return _START_SECONDS + max(reading, writing, computing)
 
 
 def _read_rate(plan: Plan) -> float:
     """Bytes per second that the largest input tensor is read with, for a quarter of a second at most."""
-    spec, number = max(
-        ((spec, i) for tensor in plan.tensors for i, spec in enumerate(tensor.inputs)), key=lambda pair: pair[0].nbytes
-    )
+    read = max((read for tensor in plan.tensors for read in tensor.reads), key=lambda read: read.spec.nbytes)
+    spec = read.spec
     if spec.nbytes == 0:
         return 1e9
-    source = Source(plan.checkpoints[number])
+    source = Source(plan.checkpoints[read.checkpoint])
     try:
         buffer = memoryview(bytearray(min(spec.nbytes, 4 << 20)))
         began = time.perf_counter()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from streammerge.base.units import format_size
 from streammerge.kernels.compiled import Signature
 from streammerge.kernels.contract import Arguments, Look, Program, evaluate
 from streammerge.run.arena import Area, Arena
-from streammerge.run.lane import Merged, count_nonfinite
+from streammerge.run.lane import Merged, Stretch, count_nonfinite
 
 _RING = 3
 # An allowance for the temporaries of eager programs, in slots; not measured.
@@ -42,6 +42,15 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device: {name} is not there; torch sees {torch.cuda.device_count()} CUDA devices.")
     return device
+
+
+class _Piece(NamedTuple):
+    """What a program is called with, but for its arguments."""
+
+    inputs: list[Tensor]
+    out: Tensor | None
+    starts: Tensor | None
+    keys: Tensor | None
 
 
 @dataclass
@@ -76,33 +85,43 @@ class CudaLane:
         ]
         self._turn = 0
 
-    def look(self, look: Look, signature: Signature, inputs: Sequence[Area], starts: Tensor | None,
-             keys: Tensor | None) -> Callable[[], list[Any]]:  # fmt: skip
-        buffer, values, _ = self._upload([area.tensor for area in inputs], None)
+    def look(self, look: Look, signature: Signature, stretch: Stretch) -> Callable[[], list[Any]]:
+        buffer, values, _ = self._upload([area.tensor for area in stretch.inputs], None)
+        pieces = _pieces(stretch, values, None)
         with torch.cuda.stream(self._compute):
-            result = evaluate(look.program, signature.work, values, signature.has_base, None, self._small(starts),
-                              self._small(keys), self._arguments(look.arguments))  # fmt: skip
+            arguments = self._arguments(look.arguments)
+            results = [
+                evaluate(look.program, signature.work, inputs, signature.has_base, None, self._small(starts),
+                         self._small(keys), arguments)
+                for inputs, _, starts, keys in pieces
+            ]  # fmt: skip
             buffer.free.record(self._compute)
 
         def answer() -> list[Any]:
             # Computed means copied, too: the tile may be given back.
             with torch.cuda.stream(self._compute):
-                host = result.cpu()
+                found = [result.cpu() for result in results]
             if look.digest is None:
-                return [host]
-            assert starts is not None
-            return [look.digest(host, starts)]
+                return found
+            digested = []
+            for host, piece in zip(found, pieces, strict=True):
+                assert piece.starts is not None
+                digested.append(look.digest(host, piece.starts))
+            return digested
 
         return answer
 
-    def merge(self, program: Program, signature: Signature, inputs: Sequence[Area], out: Area, elements: int,
-              starts: Tensor | None, keys: Tensor | None, arguments: Arguments) -> Merged:  # fmt: skip
-        buffer, values, result = self._upload([area.tensor for area in inputs], out.tensor)
+    def merge(
+        self, program: Program, signature: Signature, stretch: Stretch, out: Area, arguments: Arguments
+    ) -> Merged:
+        buffer, values, result = self._upload([area.tensor for area in stretch.inputs], out.tensor)
         assert result is not None
         with torch.cuda.stream(self._compute):
-            evaluate(program, signature.work, values, signature.has_base, result, self._small(starts),
-                     self._small(keys), self._arguments(arguments))  # fmt: skip
-            counts = torch.stack([count_nonfinite(x, elements) for x in (*values, result)])
+            here = self._arguments(arguments)
+            for inputs, place, starts, keys in _pieces(stretch, values, result):
+                evaluate(program, signature.work, inputs, signature.has_base, place, self._small(starts),
+                         self._small(keys), here)  # fmt: skip
+            counts = torch.stack([count_nonfinite(x, stretch.elements) for x in (*values, result)])
             computed = _event()
             computed.record(self._compute)
         with torch.cuda.stream(self._copy_out):
@@ -150,6 +169,26 @@ class CudaLane:
     def _check(code: int) -> None:
         if int(code) != 0:
             raise StreamMergeError(f"CUDA could not pin the buffers (error {int(code)}).")
+
+
+def _pieces(stretch: Stretch, inputs: list[Tensor], out: Tensor | None) -> list[_Piece]:
+    """A stretch on the device: whole, or by rows a piece for every unit."""
+    grain = stretch.grain
+    if grain.width is None:
+        return [_Piece(inputs, out, stretch.starts, stretch.keys)]
+
+    def rows(tensor: Tensor, first: int) -> Tensor:
+        return tensor.view(-1)[first : min(first + grain.unit, stretch.elements)].view(-1, grain.width or 1)
+
+    return [
+        _Piece(
+            [rows(x, unit * grain.unit) for x in inputs],
+            None if out is None else rows(out, unit * grain.unit),
+            None if stretch.starts is None else stretch.starts[unit : unit + 1],
+            None if stretch.keys is None else stretch.keys[unit : unit + 1],
+        )
+        for unit in range(grain.units(stretch.elements))
+    ]
 
 
 def _event() -> torch.cuda.Event:

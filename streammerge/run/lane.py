@@ -3,8 +3,8 @@
     look     partial results of a program over a tile
     merge    the merged tile, into its output area
 
-A tile is cut into pieces of whole blocks, small enough for the caches, and the threads of a pool take one after the
-other. (gpu.py is the other lane.)
+A tile is cut into pieces of whole blocks, small enough for the caches, or of a unit of whole rows, and the threads of a
+pool take one after the other. (gpu.py is the other lane.)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from streammerge.base.dtypes import DTYPES
 from streammerge.kernels.compiled import Run, Signature, eager
-from streammerge.kernels.contract import Arguments, Look, Program
+from streammerge.kernels.contract import Arguments, Grain, Look, Program
 from streammerge.run.arena import Area
 
 # Pieces that stay in the caches: eager code makes many temporaries of a piece, compiled code few.
@@ -41,19 +41,34 @@ class Merged:
     nonfinite: Callable[[], tuple[list[int], int]]
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """Whole units of one tensor, in memory: what a program is run on.
+
+    `inputs` are the step's operands, of which the first `elements` count; `starts` and `keys` have a row per unit and
+    are None where the program needs none.
+    """
+
+    inputs: Sequence[Area]
+    elements: int
+    grain: Grain
+    starts: Tensor | None
+    keys: Tensor | None
+
+
 class Lane(Protocol):
-    """What the engine asks of a device. `starts` and `keys` are a tile's, None where the program needs none.
+    """What the engine asks of a device.
 
     Both calls return at once; inputs must stay as they are until the results were taken.
     """
 
-    def look(self, look: Look, signature: Signature, inputs: Sequence[Area], starts: Tensor | None,
-             keys: Tensor | None) -> Callable[[], list[Any]]:  # fmt: skip
+    def look(self, look: Look, signature: Signature, stretch: Stretch) -> Callable[[], list[Any]]:
         """Look at a tile. What is returned waits for the partial results, tensors or what the look's digest made."""
 
-    def merge(self, program: Program, signature: Signature, inputs: Sequence[Area], out: Area, elements: int,
-              starts: Tensor | None, keys: Tensor | None, arguments: Arguments) -> Merged:  # fmt: skip
-        """Fill `out`, of which the first `elements` count."""
+    def merge(
+        self, program: Program, signature: Signature, stretch: Stretch, out: Area, arguments: Arguments
+    ) -> Merged:
+        """Fill `out`."""
 
     def close(self) -> None:
         """Give up threads and device memory."""
@@ -87,10 +102,9 @@ class CpuLane:
         self._find = compiled
         self._runs: dict[tuple[Program, Signature], tuple[Run, int]] = {}
 
-    def look(self, look: Look, signature: Signature, inputs: Sequence[Area], starts: Tensor | None,
-             keys: Tensor | None) -> Callable[[], list[Any]]:  # fmt: skip
-        run, size = self._run(look.program, signature)
-        pieces = _Pieces(size, inputs, None, starts, keys)
+    def look(self, look: Look, signature: Signature, stretch: Stretch) -> Callable[[], list[Any]]:
+        run, size = self._run(look.program, signature, stretch.grain)
+        pieces = _Pieces(size, stretch, None)
 
         def work(i: int) -> Any:
             result = run(*pieces[i], look.arguments)
@@ -102,10 +116,11 @@ class CpuLane:
         futures = [self._pool.submit(work, i) for i in range(len(pieces))]
         return lambda: [future.result() for future in futures]
 
-    def merge(self, program: Program, signature: Signature, inputs: Sequence[Area], out: Area, elements: int,
-              starts: Tensor | None, keys: Tensor | None, arguments: Arguments) -> Merged:  # fmt: skip
-        run, size = self._run(program, signature)
-        pieces = _Pieces(size, inputs, out, starts, keys)
+    def merge(
+        self, program: Program, signature: Signature, stretch: Stretch, out: Area, arguments: Arguments
+    ) -> Merged:
+        run, size = self._run(program, signature, stretch.grain)
+        pieces = _Pieces(size, stretch, out)
 
         def work(i: int) -> bool:
             # 0 for finite blocks, and NaN counts as true. Through numpy: it keeps other threads out for an instant,
@@ -119,18 +134,18 @@ class CpuLane:
             finite = [future.result() for future in futures]
             # The inputs are still there: whoever waits has not given the tile back yet.
             if not counts and not all(finite):
-                before = [int(count_nonfinite(area.tensor, elements)) for area in inputs]
-                counts.append((before, int(count_nonfinite(out.tensor, elements))))
+                before = [int(count_nonfinite(area.tensor, stretch.elements)) for area in stretch.inputs]
+                counts.append((before, int(count_nonfinite(out.tensor, stretch.elements))))
 
         return Merged(ready, lambda: counts[0] if counts else ([], 0))
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def _run(self, program: Program, signature: Signature) -> tuple[Run, int]:
+    def _run(self, program: Program, signature: Signature, grain: Grain) -> tuple[Run, int]:
         key = (program, signature)
         if key not in self._runs:
-            compiled = self._find(program, signature)
+            compiled = self._find(program, signature) if grain.width is None else None
             self._runs[key] = (
                 (eager(program, signature), _EAGER_PIECE) if compiled is None else (compiled, _COMPILED_PIECE)
             )
@@ -138,14 +153,19 @@ class CpuLane:
 
 
 class _Pieces:
-    """A tile's inputs, output, starts and keys, cut into pieces of `size` blocks."""
+    """A stretch and its output, cut into pieces of `size` blocks, or by rows into units."""
 
-    def __init__(self, size: int, inputs: Sequence[Area], out: Area | None, starts: Tensor | None,
-                 keys: Tensor | None) -> None:  # fmt: skip
-        self._inputs = [area.pieces(size) for area in inputs]
-        self._out = None if out is None else out.pieces(size)
-        self.starts = None if starts is None else _cut(starts, size)
-        self._keys = None if keys is None else _cut(keys, size)
+    def __init__(self, size: int, stretch: Stretch, out: Area | None) -> None:
+        grain = stretch.grain
+
+        def cut(area: Area) -> list[Tensor]:
+            return area.pieces(size) if grain.width is None else area.rows(grain, stretch.elements)
+
+        rows = size if grain.width is None else 1
+        self._inputs = [cut(area) for area in stretch.inputs]
+        self._out = None if out is None else cut(out)
+        self.starts = None if stretch.starts is None else _cut(stretch.starts, rows)
+        self._keys = None if stretch.keys is None else _cut(stretch.keys, rows)
 
     def __len__(self) -> int:
         return len(self._inputs[0])

@@ -161,7 +161,7 @@ def merge(recipe_path: Path, out: Path, options: Options, observer: Observer) ->
         stack.callback(journal.close)
         trust(out, plan, journal)
         pending = [tensor for tensor in plan.tensors if tensor.name not in journal.done]
-        compiling = consider(plan, pending, schedule, options.compile, on_gpu=device.type == "cuda")
+        compiling = consider(pending, schedule, options.compile, on_gpu=device.type == "cuda")
         seconds = estimate_seconds(plan, pending, schedule, compiling.seconds)
         observer.planned(plan, schedule, len(plan.tensors) - len(pending), seconds)
         began = time.perf_counter()
@@ -236,7 +236,7 @@ def _run(plan: Plan, schedule: Schedule, pending: list[TensorPlan], out: Path, j
         def status() -> Status:
             return Status(reader.bytes_read, writer.bytes_written, meter.now_own)
 
-        to_read, to_write = bytes_to_read(plan, pending, schedule), sum(tensor.nbytes for tensor in pending)
+        to_read, to_write = bytes_to_read(pending, schedule), sum(tensor.nbytes for tensor in pending)
         with observer.running(status, to_read, to_write):
             try:
                 engine.run(pending)

@@ -30,25 +30,23 @@ _SYNC_SECONDS = 2.0
 class Tile:
     """A range of one tensor, in memory once `wait` has returned.
 
-    `inputs` are the areas of the inputs that are read, filled up with zeros; `output` is the area for the result,
-    None when the tile is copied.
+    `areas` has one for everything that is read, filled up with zeros, and one for the result of every step.
+    `made` is the number of steps whose results are there.
     """
 
     tensor: TensorPlan
-    first_block: int
-    blocks: int
+    start: int
     elements: int
     keep_cached: bool
     slot: int = -1
-    inputs: list[Area] = field(default_factory=list)
-    output: Area | None = None
+    areas: list[Area] = field(default_factory=list)
+    made: int = 0
     _ready: threading.Event = field(default_factory=threading.Event)
     _error: BaseException | None = None
 
     @property
-    def start(self) -> int:
-        """The first element's index in the tensor."""
-        return self.first_block * BLOCK
+    def blocks(self) -> int:
+        return -(-self.elements // BLOCK)
 
     def wait(self) -> None:
         """Return when the tile is in memory; raise what reading it raised."""
@@ -63,23 +61,18 @@ class Tile:
 
 def read_elements(sources: Sequence[Source], tensor: TensorPlan, into: Sequence[Area], start: int, elements: int,
                   at: int = 0, *, keep_cached: bool = False) -> int:  # fmt: skip
-    """Read elements [start, start + elements) of the inputs a tensor needs into `into` from element `at` on.
+    """Read elements [start, start + elements) of all that a tensor reads into `into` from element `at` on.
 
     Returns the bytes read.
     """
     count = 0
-    for area, i in zip(into, tensor.read_inputs, strict=True):
-        spec = tensor.inputs[i]
+    for area, read in zip(into, tensor.reads, strict=False):
+        spec = read.spec
         view = area.bytes[at * area.itemsize : (at + elements) * area.itemsize]
-        sources[i].read_into(view, spec.file, spec.offset + start * area.itemsize, keep_cached=keep_cached)
+        offset = spec.offset + start * area.itemsize
+        sources[read.checkpoint].read_into(view, spec.file, offset, keep_cached=keep_cached)
         count += len(view)
     return count
-
-
-def tile_dtypes(tensor: TensorPlan) -> tuple[str, ...]:
-    """The dtypes of a tile's areas: the inputs that are read, then the output of a merge."""
-    inputs = tuple(tensor.inputs[i].dtype for i in tensor.read_inputs)
-    return (*inputs, tensor.dtype) if tensor.action == "merge" else inputs
 
 
 class ReadAhead:
@@ -145,13 +138,11 @@ class ReadAhead:
 
     def _fill(self, tile: Tile) -> None:
         tensor = tile.tensor
-        areas = self._arena.areas(tile.slot, tile_dtypes(tensor), tile.blocks)
-        tile.inputs = areas[: len(tensor.read_inputs)]
-        tile.output = areas[-1] if tensor.action == "merge" else None
+        tile.areas = self._arena.areas(tile.slot, tensor.dtypes, tile.blocks)
         count = read_elements(
-            self._sources, tensor, tile.inputs, tile.start, tile.elements, keep_cached=tile.keep_cached
+            self._sources, tensor, tile.areas, tile.start, tile.elements, keep_cached=tile.keep_cached
         )
-        for area in tile.inputs:
+        for area in tile.areas[: len(tensor.reads)]:
             area.zero_from(tile.elements)
         with self._change:
             self.bytes_read += count

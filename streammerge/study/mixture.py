@@ -15,7 +15,7 @@ from torch import Tensor
 
 from streammerge.kernels.contract import Settings
 from streammerge.plan.names import layer_of
-from streammerge.plan.plan import Plan, TensorPlan, with_settings
+from streammerge.plan.plan import Plan, Read, TensorPlan, work_of
 from streammerge.study.network import Network
 from streammerge.study.variants import Shelf, Variant, Version, make_version
 
@@ -94,7 +94,7 @@ class Family:
         ]
         self.groups = _groups(plan.tensors, units, network.num_units, split_blocks, outside)
         self._group_of = {name: i for i, group in enumerate(self.groups) for name in group.names}
-        self._inputs = [shelf.add(checkpoint) for checkpoint in plan.checkpoints]
+        self._checkpoints = [shelf.add(checkpoint) for checkpoint in plan.checkpoints]
         self._versions: dict[Any, Version] = {}
 
     @property
@@ -122,10 +122,9 @@ class Family:
         for tensor in self._plan.tensors:
             if not same:
                 break
-            everything = replace(tensor, action="merge")
-            version = make_version(self._plan, [everything], self._inputs, self._shelf)
-            self._shelf.load([version])
-            same = {(i, j) for i, j in same if self._shelf.equal(tensor.name, self._inputs[i + 1], self._inputs[j + 1])}
+            self._shelf.load([self._version_of([replace(tensor, reads=self._reads(tensor), steps=())])])
+            numbered = self._checkpoints[1:]
+            same = {(i, j) for i, j in same if self._shelf.equal(tensor.name, numbered[i], numbered[j])}
             self._shelf.forget()
         groups: list[list[int]] = []
         for i in numbers:
@@ -142,9 +141,8 @@ class Family:
         for tensor in self._plan.tensors:
             if tensor.name not in wanted or tensor.elements == 0 or tensor.action == "equal":
                 continue
-            version = make_version(self._plan, [replace(tensor, action="merge")], self._inputs, self._shelf)
-            self._shelf.load([version])
-            yield [self._shelf.stored(number, tensor.name) for number in self._inputs]
+            self._shelf.load([self._version_of([replace(tensor, reads=self._reads(tensor), steps=())])])
+            yield [self._shelf.stored(number, tensor.name) for number in self._checkpoints]
             self._shelf.forget()
 
     def parameters(self, mixture: Mixture, model: int) -> dict[str, Any]:
@@ -170,8 +168,15 @@ class Family:
         if key not in self._versions:
             made: dict[tuple[int, bool], Settings] = {}
             tensors = [self._tensor(tensor, mixture, made) for tensor in self._units[unit]]
-            self._versions[key] = make_version(self._plan, tensors, self._inputs, self._shelf)
+            self._versions[key] = self._version_of(tensors)
         return self._versions[key]
+
+    def _version_of(self, tensors: Sequence[TensorPlan]) -> Version:
+        return make_version(self._plan.seed, tensors, self._checkpoints, self._shelf)
+
+    def _reads(self, tensor: TensorPlan) -> tuple[Read, ...]:
+        """The tensor in every model, the base first."""
+        return tuple(Read(i, checkpoint.tensors[tensor.name]) for i, checkpoint in enumerate(self._plan.checkpoints))
 
     def _tensor(self, tensor: TensorPlan, mixture: Mixture, made: dict[tuple[int, bool], Settings]) -> TensorPlan:
         group, vector = self._group_of[tensor.name], len(tensor.shape) < 2
@@ -179,11 +184,13 @@ class Family:
             rows = list(zip(mixture.parts[group], mixture.density, mixture.scale, strict=True))
             density = tuple(1.0 if vector else own * part.density for part, own, _ in rows)
             scale = tuple(own * part.scale for part, _, own in rows)
+            usual = self._plan.settings[tensor.name]
             made[group, vector] = Settings(
-                tensor.settings.shared,
-                {**tensor.settings.models, "weight": mixture.weight, "density": density, "scale": scale},
+                usual.shared, {**usual.models, "weight": mixture.weight, "density": density, "scale": scale}
             )
-        return with_settings(tensor, self._plan.method, made[group, vector])
+        reads, steps = work_of(tensor.name, tensor.dtype, self._reads(tensor), self._plan.method, made[group, vector],
+                               has_base=True)  # fmt: skip
+        return replace(tensor, reads=reads, steps=steps)
 
 
 def _groups(tensors: Sequence[TensorPlan], units: Mapping[str, tuple[int, ...]], num_units: int, split_blocks: bool,

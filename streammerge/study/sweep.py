@@ -147,7 +147,7 @@ class Sweeper:
         self.facts.waves += len(waves)
         self.facts.seconds += time.perf_counter() - began
         for job in missing:
-            models = {number for version in job.variant.versions for number, _, _ in version.reads()}
+            models = {number for version in job.variant.versions for number, _ in version.reads()}
             self.facts.plain_loads += self.network.num_units * len(models)
             self.facts.plain_forwards += self.network.num_units - 2
 
@@ -221,7 +221,7 @@ class Sweeper:
                     read += [job.reference.versions[last] for job in wave.jobs if job.reference is not None]
                 self.shelf.load(read)
                 self.facts.bytes_read += self.shelf.bytes_read - before
-                self.facts.unit_loads += len({number for version in read for number, _, _ in version.reads()})
+                self.facts.unit_loads += len({number for version in read for number, _ in version.reads()})
                 if unit == last:
                     yield from self._run_back(wave, streams, versions)
                 else:

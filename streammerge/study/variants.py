@@ -17,30 +17,28 @@ from torch import Tensor
 
 from streammerge.base.dtypes import DTYPES
 from streammerge.kernels.chance import stream_key
-from streammerge.kernels.contract import Method, Settings
+from streammerge.kernels.contract import Settings
 from streammerge.kernels.dtypes import torch_dtype
-from streammerge.kernels.whole import Finder, merge_whole, pad
+from streammerge.kernels.whole import Finder, merge_whole, pad, padded
 from streammerge.plan.plan import Plan, TensorPlan
-from streammerge.storage.checkpoint import Checkpoint
+from streammerge.storage.checkpoint import Checkpoint, TensorSpec
 from streammerge.storage.source import Source
 
 
 @dataclass(frozen=True)
 class Version:
-    """One unit's tensors as one recipe makes them. `inputs` number the checkpoints of a shelf, the base first."""
+    """One unit's tensors as one recipe makes them. `checkpoints` are the plan's, by their numbers on a shelf."""
 
-    method: Method
     tensors: tuple[TensorPlan, ...]
-    inputs: tuple[int, ...]
-    has_base: bool
+    checkpoints: tuple[int, ...]
     seed: int
     key: str
 
-    def reads(self) -> Iterable[tuple[int, TensorPlan, int]]:
-        """Every input tensor that is needed: its checkpoint, the tensor's plan, and the number of the input in it."""
+    def reads(self) -> Iterable[tuple[int, TensorSpec]]:
+        """Every tensor that is needed, and the number of its checkpoint on the shelf."""
         for tensor in self.tensors:
-            for i in tensor.read_inputs:
-                yield self.inputs[i], tensor, i
+            for read in tensor.reads:
+                yield self.checkpoints[read.checkpoint], read.spec
 
 
 @dataclass(frozen=True)
@@ -83,16 +81,15 @@ class Shelf:
     def load(self, versions: Iterable[Version]) -> None:
         """Read every tensor that `versions` need, once each."""
         for version in versions:
-            for number, tensor, i in version.reads():
-                spec = tensor.inputs[i]
-                if (number, tensor.name) in self._loaded:
+            for number, spec in version.reads():
+                if (number, spec.name) in self._loaded:
                     continue
                 rows, width = pad(spec.elements)
                 values = torch.zeros(rows, width, dtype=torch_dtype(spec.dtype))
                 # Through bytes: numpy knows no bfloat16.
                 view = memoryview(values.view(-1).view(torch.uint8).numpy().data)[: spec.nbytes]
                 self._sources[number].read_into(view, spec.file, spec.offset)
-                self._loaded[number, tensor.name] = values
+                self._loaded[number, spec.name] = values
                 self.bytes_read += spec.nbytes
 
     def make(self, version: Version, pool: Executor) -> dict[str, Tensor]:
@@ -126,48 +123,46 @@ class Shelf:
             return self._make_here(version, tensor)
 
     def _make_here(self, version: Version, tensor: TensorPlan) -> Tensor:
-        def stored(i: int) -> Tensor:
-            return self._loaded[version.inputs[i], tensor.name]
-
-        if tensor.action != "merge" or tensor.elements == 0:
-            flat = stored(tensor.source).view(-1)[: tensor.elements]
-        else:
-            keys = [stream_key(version.seed, tensor.name, i) for i in range(len(version.inputs) - version.has_base)]
+        operands = [self._loaded[version.checkpoints[read.checkpoint], read.spec.name] for read in tensor.reads]
+        flat = operands[0].view(-1)[: tensor.elements]
+        for step in tensor.steps:
+            keys = [stream_key(version.seed, step.stream, i) for i in range(len(step.operands) - step.has_base)]
             flat = merge_whole(
-                version.method, tensor.settings, [stored(i) for i in range(len(version.inputs))], tensor.elements,
-                has_base=version.has_base, work=torch_dtype(tensor.work), out=torch_dtype(tensor.dtype),
+                step.method, step.settings, [operands[i] for i in step.operands], tensor.shape,
+                has_base=step.has_base, work=torch_dtype(step.work), out=torch_dtype(step.dtype),
                 stream_keys=keys, find=self._find,
             )  # fmt: skip
+            if step is not tensor.steps[-1]:
+                operands.append(padded(flat))
         return flat.view(tensor.shape)
 
 
 def variant_of(plan: Plan, shelf: Shelf, units: Mapping[str, tuple[int, ...]], num_units: int) -> Variant:
     """The model that a plan would write. `units` says which units need a tensor."""
-    inputs = [shelf.add(checkpoint) for checkpoint in plan.checkpoints]
+    checkpoints = [shelf.add(checkpoint) for checkpoint in plan.checkpoints]
     groups: list[list[TensorPlan]] = [[] for _ in range(num_units)]
     for tensor in plan.tensors:
         for unit in units.get(tensor.name, ()):
             groups[unit].append(tensor)
-    return Variant(tuple(make_version(plan, group, inputs, shelf) for group in groups))
+    return Variant(tuple(make_version(plan.seed, group, checkpoints, shelf) for group in groups))
 
 
-def make_version(plan: Plan, tensors: Sequence[TensorPlan], inputs: Sequence[int], shelf: Shelf) -> Version:
-    """A version of some of a plan's tensors."""
-    method = plan.method
+def make_version(seed: int, tensors: Sequence[TensorPlan], checkpoints: Sequence[int], shelf: Shelf) -> Version:
+    """A version of some tensors of a plan, whose `checkpoints` have these numbers on the shelf."""
     hashing = xxhash.xxh3_128()
     texts: dict[int, str] = {}
     for tensor in tensors:
-        if tensor.action != "merge":
-            part = f"copy {tensor.name} {tensor.dtype} {shelf.identity(inputs[tensor.source])}"
-        else:
-            if id(tensor.settings) not in texts:
-                texts[id(tensor.settings)] = _settings_text(tensor.settings)
-            part = f"merge {tensor.name} {tensor.dtype} {tensor.work} {texts[id(tensor.settings)]}"
-        hashing.update(f"{part}\n".encode("utf-8", "surrogatepass"))
-    if any(tensor.action == "merge" for tensor in tensors):
-        identities = [shelf.identity(number) for number in inputs]
-        hashing.update(f"{method.name} {plan.seed} {plan.has_base} {identities}".encode())
-    return Version(method, tuple(tensors), tuple(inputs), plan.has_base, plan.seed, hashing.hexdigest())
+        parts = [f"{tensor.name} {tensor.dtype} {tensor.shape}"]
+        parts += [f"{shelf.identity(checkpoints[read.checkpoint])} {read.spec.name}" for read in tensor.reads]
+        for step in tensor.steps:
+            if id(step.settings) not in texts:
+                texts[id(step.settings)] = _settings_text(step.settings)
+            parts.append(
+                f"{step.method.name} {texts[id(step.settings)]} {step.operands} {step.has_base} {step.dtype} "
+                f"{step.work} {step.stream} {seed}"
+            )
+        hashing.update(repr(parts).encode("utf-8", "surrogatepass"))
+    return Version(tuple(tensors), tuple(checkpoints), seed, hashing.hexdigest())
 
 
 def version_bytes(versions: Iterable[Version]) -> tuple[int, int]:
@@ -176,9 +171,9 @@ def version_bytes(versions: Iterable[Version]) -> tuple[int, int]:
     Made, a version is in memory as its recipe's output and once more in float32.
     """
     inputs = {
-        (number, tensor.name): -(-tensor.inputs[i].nbytes // 65536) * 65536
+        (number, spec.name): -(-spec.nbytes // 65536) * 65536
         for version in versions
-        for number, tensor, i in version.reads()
+        for number, spec in version.reads()
     }
     made = [
         sum(tensor.elements * (DTYPES[tensor.dtype].itemsize + 4) for tensor in version.tensors) for version in versions
@@ -187,4 +182,4 @@ def version_bytes(versions: Iterable[Version]) -> tuple[int, int]:
 
 
 def _settings_text(settings: Settings) -> str:
-    return repr((sorted(settings.shared.items()), sorted(settings.models.items())))
+    return repr((sorted(settings.shared.items()), sorted(settings.models.items()), settings.depth))

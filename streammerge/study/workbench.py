@@ -124,7 +124,7 @@ def _finder(plans: Sequence[Plan], versions: int, options: StudyOptions, limit: 
     """Compiled programs, where they are or are worth making."""
     wanted: dict[tuple[Program, Signature], int] = {}
     for plan in plans:
-        for pair, count in programs_of(plan, plan.tensors).items():
+        for pair, count in programs_of(plan.tensors).items():
             wanted[pair] = wanted.get(pair, 0) + count * versions
     threads = options.threads or processors()
     compiling = weigh(wanted, threads, limit, options.compile)

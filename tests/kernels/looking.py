@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from streammerge.kernels.chance import block_keys
 from streammerge.kernels.compiled import Run, Signature, eager
-from streammerge.kernels.contract import BLOCK, Look, Program
+from streammerge.kernels.contract import BLOCK, FLAT, Grain, Look, Program
 
 T = TypeVar("T")
 
@@ -42,6 +42,7 @@ class Memory:
     full_looks: int = 0
     elements_in_spans: int = 0
     answers: list[Any] = field(default_factory=list)
+    grain: Grain = FLAT
 
     @property
     def signature(self) -> Signature:
@@ -60,29 +61,40 @@ class Memory:
             self.answers.append(answer)
 
     def _answer(self, look: Look) -> Any:
-        if look.spans is None:
-            self.full_looks += 1
-            tiles = [in_blocks(x) for x in self.inputs]
-            starts = block_starts(0, len(tiles[0]))
-        else:
-            self.elements_in_spans += sum(count for _, count in look.spans)
-            flat = [x.reshape(-1) for x in self.inputs]
-            tiles = [in_blocks(torch.cat([x[a : a + n] for a, n in look.spans])) for x in flat]
-            # Only spans of whole blocks have starts that mean anything.
-            starts = torch.zeros(len(tiles[0]), 1, dtype=torch.int64)
-            at = 0
-            for start, count in look.spans:
-                if at % BLOCK == 0:
-                    starts[at // BLOCK] = start
-                at += count
-        keys = None
-        if look.program.needs_keys:
-            keys = torch.cat([block_keys(self.stream_keys, int(start) // BLOCK, 1) for start in starts])
         run = self.runner(look.program, self.signature)
-        parts = []
-        for i in range(len(starts)):
-            piece = slice(i, i + 1)
-            result = run([x[piece] for x in tiles], None, starts[piece], None if keys is None else keys[piece],
-                         look.arguments)  # fmt: skip
-            parts.append(result if look.digest is None else look.digest(result, starts[piece]))
-        return parts if look.digest is not None else torch.cat(parts)
+        parts: list[Any] = []
+        for tiles, start in self._units(look.spans):
+            starts = torch.tensor([[start]])
+            keys = block_keys(self.stream_keys, start // self.grain.unit, 1) if look.program.needs_keys else None
+            part = run(tiles, None, starts, keys, look.arguments)
+            if look.digest is not None:
+                part = look.digest(part, starts)
+            if look.fold is not None:
+                look.fold(part)
+            else:
+                parts.append(part)
+        return look.answer(parts)
+
+    def _units(self, spans: Sequence[tuple[int, int]] | None) -> Iterator[tuple[list[Tensor], int]]:
+        """Every unit, with its start; spans packed into blocks, or by rows one by one."""
+        flat = [x.reshape(-1) for x in self.inputs]
+        if spans is None:
+            self.full_looks += 1
+        else:
+            self.elements_in_spans += sum(count for _, count in spans)
+        if self.grain.width is not None:
+            unit = self.grain.unit
+            every = [(a, min(unit, len(flat[0]) - a)) for a in range(0, len(flat[0]), unit)]
+            for start, count in every if spans is None else spans:
+                yield [x[start : start + count].view(-1, self.grain.width) for x in flat], start
+            return
+        tiles = [in_blocks(x if spans is None else torch.cat([x[a : a + n] for a, n in spans])) for x in flat]
+        # Only spans of whole blocks have starts that mean anything.
+        starts = [i * BLOCK for i in range(len(tiles[0]))] if spans is None else [0] * len(tiles[0])
+        at = 0
+        for start, count in spans or ():
+            if at % BLOCK == 0:
+                starts[at // BLOCK] = start
+            at += count
+        for i, start in enumerate(starts):
+            yield [x[i : i + 1] for x in tiles], start

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from streammerge.kernels.contract import BLOCK, Problem, Settings
-from streammerge.kernels.cut import COLLECT_AT_MOST, KEEP_ALL, KEEP_NONE, Cut, cut_mask, magnitude_cuts
+from streammerge.kernels.cut import COLLECT_AT_MOST, KEEP_ALL, KEEP_NONE, Cut, cut_mask, magnitude, magnitude_cuts
 from tests.kernels.looking import Memory, block_starts, in_blocks
 from tests.methods.oracles import top
 
@@ -36,7 +36,7 @@ def find_cuts(
 def kept(delta: Tensor, cut: Cut) -> NDArray[np.bool_]:
     """Which entries of a delta, in the work dtype, a cut keeps."""
     blocks = in_blocks(delta)
-    mask = cut_mask(blocks, block_starts(0, len(blocks)), torch.tensor(cut.threshold, dtype=delta.dtype),
+    mask = cut_mask(magnitude(blocks), block_starts(0, len(blocks)), torch.tensor(cut.threshold, dtype=delta.dtype),
                     torch.tensor(cut.last))  # fmt: skip
     return mask.reshape(-1)[: delta.numel()].numpy()
 

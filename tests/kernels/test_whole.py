@@ -50,7 +50,7 @@ def whole(method: Method, name: str, case: Case, out: torch.dtype,
           find: Callable[[Program, Signature], Run | None] = no_programs) -> Tensor:  # fmt: skip
     """A case as `merge_whole` merges it under a tensor name to the dtype `out`."""
     return merge_whole(
-        method, settings_of(method, case), [in_memory(tensor) for tensor in case.inputs], case.inputs[0].numel(),
+        method, settings_of(method, case), [in_memory(tensor) for tensor in case.inputs], case.inputs[0].shape,
         has_base=case.base is not None, work=torch.float64 if out == torch.float64 else torch.float32, out=out,
         stream_keys=[stream_key(_SEED, name, i) for i in range(len(case.models))], find=find,
     )  # fmt: skip

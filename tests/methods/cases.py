@@ -93,7 +93,7 @@ def profiles(method: Method) -> dict[str, dict[str, Any]]:
     flipped = {
         f"{param.name} {not param.default}": {**usual, param.name: not param.default}
         for param in method.params
-        if param.boolean
+        if param.kind == "boolean"
     }
     return {"defaults": {}, "usual": usual, **flipped}
 
@@ -123,7 +123,7 @@ def settings_of(method: Method, case: Case) -> Settings:
 def _unless_given(param: Param) -> Value | tuple[Value, ...] | None:
     if param.default is not None or param.optional:
         return param.default
-    return USUAL.get(param.name, False if param.boolean else _ANY_NUMBER)
+    return USUAL.get(param.name, False if param.kind == "boolean" else _ANY_NUMBER)
 
 
 def given_of(method: Method, name: str, case: Case, *, out_dtype: str, seed: int = 0) -> Given:

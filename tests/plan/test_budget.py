@@ -69,8 +69,8 @@ def check_sound(plan: Plan, made: Schedule, limit: int) -> None:
     assert 1 <= made.tile_blocks <= 32
     assert made.resident_tiles < made.slots
     assert made.dirty_bytes > 0
-    once = sum(sum(tensor.inputs[i].nbytes for i in tensor.read_inputs) for tensor in plan.tensors)
-    assert once <= bytes_to_read(plan, plan.tensors, made) <= once * max(plan.passes(tensor) for tensor in plan.tensors)
+    once = sum(tensor.read_bytes for tensor in plan.tensors)
+    assert once <= bytes_to_read(plan.tensors, made) <= once * max(tensor.passes for tensor in plan.tensors)
     for tensor in plan.tensors:
         assert tile_bytes(tensor, made.tile_blocks) <= made.slot_bytes
         assert tile_bytes(tensor, 4) <= made.scratch_bytes
@@ -139,9 +139,9 @@ def test_five_hundred_megabytes_are_enough_for_a_base_and_two_models_of_any_size
 
 def test_more_memory_never_means_more_reading() -> None:
     plan = PLANS["large"]
-    reads = [bytes_to_read(plan, plan.tensors, schedule(plan, limit)) for limit in (500 * MB, GB, 4 * GB, 30 * GB)]
+    reads = [bytes_to_read(plan.tensors, schedule(plan, limit)) for limit in (500 * MB, GB, 4 * GB, 30 * GB)]
     assert reads == sorted(reads, reverse=True)
-    once = sum(spec.nbytes for tensor in plan.tensors for spec in tensor.inputs)
+    once = sum(tensor.read_bytes for tensor in plan.tensors)
     assert reads[-1] == once, "all of the inputs stay in memory"
 
 

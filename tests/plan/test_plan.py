@@ -37,7 +37,7 @@ def linear(a: str = "weight: 1", b: str = "weight: 1", top: str = "") -> str:
 
 
 def weights(made: Plan) -> dict[str, tuple[Any, ...]]:
-    return {tensor.name: tensor.settings.models["weight"] for tensor in made.tensors}
+    return {name: settings.models["weight"] for name, settings in made.settings.items()}
 
 
 def tensor_of(made: Plan, word: str) -> TensorPlan:
@@ -75,7 +75,7 @@ def test_a_model_of_one_layer_takes_the_last_value() -> None:
 
 def test_a_boolean_gradient_steps() -> None:
     made = make_plan(linear(top="parameters: {normalize: [true, false]}"))
-    flags = {tensor.name: tensor.settings.shared["normalize"] for tensor in made.tensors}
+    flags = {name: settings.shared["normalize"] for name, settings in made.settings.items()}
     assert [flags[f"model.layers.{i}.mlp.up_proj.weight"] for i in range(3)] == [True, True, False]
     assert flags["lm_head.weight"] is True
 
@@ -88,9 +88,9 @@ def test_text_that_is_a_number_is_interpolated_as_one() -> None:
 def test_the_model_comes_before_the_recipe_and_that_before_the_default() -> None:
     text = TIES.replace(", density: 0.3", "") + "parameters: {density: 0.7}\n"
     made = make_plan(text)
-    assert made.tensors[0].settings.models["density"] == (0.7, 1.0)
+    assert made.settings[made.tensors[0].name].models["density"] == (0.7, 1.0)
     made = make_plan(TIES.replace(", density: 0.3", ""))
-    assert made.tensors[0].settings.models["density"] == (1.0, 1.0)
+    assert made.settings[made.tensors[0].name].models["density"] == (1.0, 1.0)
 
 
 def test_a_filter_that_does_not_match_leaves_the_choice_to_the_next_level() -> None:
@@ -111,7 +111,7 @@ def test_the_first_filter_that_matches_wins_within_a_level() -> None:
 
 def test_a_shared_parameter_under_a_model_has_no_effect() -> None:
     made = make_plan(linear("weight: 1, normalize: false"))
-    assert made.tensors[0].settings.shared["normalize"] is True
+    assert made.settings[made.tensors[0].name].shared["normalize"] is True
     assert any("has no effect under one model" in warning for warning in made.recipe.warnings)
 
 
@@ -153,13 +153,13 @@ def one_dtype(text: str, *dtypes: str) -> TensorPlan:
 def test_dtypes_of_the_inputs_are_promoted(dtypes: tuple[str, str], expected: str) -> None:
     tensor = one_dtype(linear(), *dtypes)
     assert tensor.dtype == expected
-    assert tensor.work == ("F64" if "F64" in dtypes else "F32")
+    assert tensor.steps[0].work == ("F64" if "F64" in dtypes else "F32")
 
 
 def test_dtype_and_out_dtype_decide_the_output_in_that_order() -> None:
     assert one_dtype(linear(top="dtype: float16"), "BF16", "BF16").dtype == "F16"
     assert one_dtype(linear(top="dtype: float16\nout_dtype: float64"), "BF16", "BF16").dtype == "F64"
-    assert one_dtype(linear(top="dtype: float64"), "BF16", "BF16").work == "F64"
+    assert one_dtype(linear(top="dtype: float64"), "BF16", "BF16").steps[0].work == "F64"
 
 
 def test_every_tensor_is_promoted_for_itself() -> None:
@@ -169,13 +169,17 @@ def test_every_tensor_is_promoted_for_itself() -> None:
     assert tensor_of(made, "lm_head").dtype == "BF16"
 
 
+def checkpoints_of(tensor: TensorPlan) -> tuple[int, ...]:
+    return tuple(read.checkpoint for read in tensor.reads)
+
+
 @pytest.mark.parametrize("dtype", ["I64", "U8", "BOOL", "I32"])
 def test_integers_are_copied_whatever_the_recipe_says(dtype: str) -> None:
     tensor = one_dtype(linear(top="dtype: float32"), dtype, dtype)
     assert (tensor.action, tensor.dtype) == ("equal", dtype)
-    assert tensor.read_inputs == (0, 1)
+    assert checkpoints_of(tensor) == (0, 1)
     tensor = one_dtype(COPY + "out_dtype: float32\n", dtype)
-    assert (tensor.action, tensor.dtype, tensor.read_inputs) == ("copy", dtype, (0,))
+    assert (tensor.action, tensor.dtype, checkpoints_of(tensor)) == ("copy", dtype, (0,))
 
 
 def test_integers_of_different_dtypes_are_refused() -> None:
@@ -203,7 +207,7 @@ def test_what_needs_no_arithmetic_is_copied() -> None:
     assert one_dtype(COPY, "BF16").action == "copy"
     assert one_dtype(COPY + "dtype: float32\n", "BF16").action == "merge"
     tensor = one_dtype(linear("weight: 0", "weight: 1"), "BF16", "BF16")
-    assert (tensor.action, tensor.source, tensor.read_inputs) == ("copy", 1, (1,))
+    assert (tensor.action, checkpoints_of(tensor)) == ("copy", (1,))
     assert one_dtype(linear("weight: 0.5", "weight: 0.5"), "BF16", "BF16").action == "merge"
     zero = TIES.replace("0.5", "0").replace("0.25", "0")
     assert one_dtype(zero, "F16", "BF16", "F32").action == "merge"

@@ -13,7 +13,7 @@ from streammerge.kernels.contract import Param, Value
 from streammerge.plan.setting import parse_setting, value_at
 
 WEIGHT = Param("weight", "the model's share", per_model=True)
-FLAG = Param("normalize", "divide by the sum", True, boolean=True)
+FLAG = Param("normalize", "divide by the sum", True, kind="boolean")
 
 
 def value(text: str, name: str = "model.layers.0.w", position: float = 0.0, param: Param = WEIGHT) -> Value | None:
