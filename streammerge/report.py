@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from streammerge.base.units import format_seconds, format_size
+from streammerge.kernels.contract import Settings
 from streammerge.plan.budget import Schedule, bytes_to_read
 from streammerge.plan.plan import Plan
 from streammerge.run.check import Verdict
@@ -22,13 +23,15 @@ def plan_rows(plan: Plan, schedule: Schedule, seconds: float, side_files: list[s
     actions = {action: [t for t in plan.tensors if t.action == action] for action in ("merge", "copy", "equal")}
     copied = len(actions["copy"]) + len(actions["equal"])
     passes = [tensor.passes for tensor in actions["merge"]]
-    base = f", base {plan.recipe.base.model}" if plan.recipe.base else ""
+    recipe = plan.recipe
+    base = f", base {', '.join(sorted(recipe.bases))}" if recipe.bases else ""
+    stages = [f"{stage.method.name} as {stage.name}" for stage in recipe.stages[:-1]]
     elements = sum(tensor.elements for tensor in plan.tensors)
     read_twice = sum(1 for t in plan.tensors if t.passes > 1)
     parts = f"baseline {format_size(schedule.baseline_bytes)}, buffers {format_size(schedule.arena_bytes)}"
     return [
-        ("method", f"{plan.method.name}{base}"),
-        ("models", ", ".join(source.model for source in plan.recipe.models) or "none"),
+        ("method", f"{', then '.join([*stages, plan.method.name])}{base}"),
+        ("models", ", ".join(model for model in recipe.inputs if model not in recipe.bases) or "none"),
         ("tensors", f"{len(plan.tensors):,} ({elements:,} elements){_of_them(copied, 'copied')}"),
         ("passes", _passes(passes, read_twice)),
         ("read", format_size(bytes_to_read(plan.tensors, schedule))),
@@ -47,8 +50,9 @@ def plan_json(plan: Plan, schedule: Schedule, seconds: float, side_files: list[s
     return {
         "digest": plan.digest,
         "method": plan.method.name,
-        "base": plan.recipe.base.model if plan.recipe.base else None,
-        "models": [source.model for source in plan.recipe.models],
+        "stages": [{"name": stage.name, "method": stage.method.name} for stage in plan.recipe.stages],
+        "bases": sorted(plan.recipe.bases),
+        "models": [model for model in plan.recipe.inputs if model not in plan.recipe.bases],
         "seed": plan.seed,
         "warnings": list(plan.warnings),
         "side_files": side_files,
@@ -73,11 +77,15 @@ def plan_json(plan: Plan, schedule: Schedule, seconds: float, side_files: list[s
                 "offset": tensor.offset,
                 "bytes": tensor.nbytes,
                 "inputs": [read.spec.dtype for read in tensor.reads],
-                "parameters": {**plan.settings[tensor.name].shared, **plan.settings[tensor.name].models},
+                "parameters": _parameters(plan.settings.get(tensor.name)),
             }
             for tensor in plan.tensors
         ],
     }
+
+
+def _parameters(settings: Settings | None) -> dict[str, Any]:
+    return {} if settings is None else {**settings.shared, **settings.models}
 
 
 def report_rows(report: Report, seconds: float) -> Rows:

@@ -1,4 +1,4 @@
-"""What a tensor's name says: its layer, and where along the layers that is."""
+"""What a tensor's name says: its layer, where along the layers that is, and what else it is called."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from collections.abc import Iterable
 
 # The first number between dots, or at the start, counts the layers: model.layers.3.mlp.experts.5 is layer 3.
 _LAYER = re.compile(r"(?:^|(?P<stack>.*?)\.)(?P<index>\d{1,9})\.")
+# Words of tensors that come before the first layer; all others outside the layers come after the last.
+_FRONT = re.compile(r"(^|[._])(embed(?!_out)|embeddings?|wte|wpe|patch|conv1|conv2)")
+
+# Names of experts on disk, and in models of transformers 5, where the experts of a layer are one tensor.
+_EXPERT = re.compile(r"\.experts\.\d+\.(w1|w3|w2|gate_proj|up_proj|down_proj)\.weight$")
+_FUSED = {"w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj", "gate_proj": "gate_up_proj",
+          "up_proj": "gate_up_proj", "down_proj": "down_proj"}  # fmt: skip
+_PREFIXES = ("model.", "transformer.", "gpt_neox.")
 
 
 def layer_of(name: str) -> tuple[str, int] | None:
@@ -15,21 +23,78 @@ def layer_of(name: str) -> tuple[str, int] | None:
     return None if match is None else (match["stack"] or "", int(match["index"]))
 
 
-def gradient_positions(names: Iterable[str]) -> dict[str, float]:
-    """For every tensor where gradients are read: 0 at the first layer of its stack, 1 at the last.
+def in_layer(name: str, index: int) -> str:
+    """The same tensor in another layer of its stack."""
+    match = _LAYER.match(name)
+    assert match is not None, name
+    return f"{name[: match.start('index')]}{index}{name[match.end('index') :]}"
 
-    Tensors outside the layers, before or after, are at 0, and the layer of a stack of one is at 1, as in mergekit.
-    """
-    layers = {name: layer_of(name) for name in names}
-    depth: dict[str, int] = {}
-    for layer in layers.values():
+
+def is_front(name: str) -> bool:
+    """Whether a tensor outside the layers comes before them: embeddings do, final norms and heads do not."""
+    return _FRONT.search(name) is not None
+
+
+def stacks(names: Iterable[str]) -> dict[str, int]:
+    """Every stack of layers with their number."""
+    found: dict[str, int] = {}
+    for name in names:
+        layer = layer_of(name)
         if layer is not None:
-            depth[layer[0]] = max(depth.get(layer[0], 0), layer[1] + 1)
-    positions: dict[str, float] = {}
-    for name, layer in layers.items():
-        if layer is None:
-            positions[name] = 0.0
-        else:
-            stack, index = layer
-            positions[name] = index / (depth[stack] - 1) if depth[stack] > 1 else 1.0
-    return positions
+            found[layer[0]] = max(found.get(layer[0], 0), layer[1] + 1)
+    return found
+
+
+def position(index: int, layers: int) -> float:
+    """Where gradients are read for a layer: 0 at the first of its slice, 1 at the last, and 1 for a single one.
+
+    Tensors outside the layers, before or after, are at 0, as in mergekit.
+    """
+    return index / (layers - 1) if layers > 1 else 1.0
+
+
+def aliases(name: str) -> tuple[str, ...]:
+    """The name, and what else a filter may call the tensor: with the usual prefix, and as transformers 5 names it.
+
+    Recipes are written for either: `block_sparse_moe` and `experts.3.w1` stand on disk where transformers has
+    `mlp.experts.gate_up_proj`; GPT-2 is saved with and without `transformer.`.
+    """
+    found = [name]
+    canonical = name.replace(".block_sparse_moe.", ".mlp.")
+    if (match := _EXPERT.search(canonical)) is not None:
+        canonical = f"{canonical[: match.start()]}.experts.{_FUSED[match[1]]}"
+    if canonical != name:
+        found.append(canonical)
+    if not name.startswith(_PREFIXES):
+        found += [prefix + name for prefix in _PREFIXES]
+    return tuple(found)
+
+
+# What mergekit calls the parts of models with several, by words in tensor names.
+_MODULE_WORDS = {
+    "text_decoder": ("language_model", "text_model", "decoder"),
+    "vision_tower": ("vision_tower", "vision_model", "visual"),
+    "multi_modal_projector": ("multi_modal_projector", "connector", "merger"),
+    "audio_tower": ("audio_tower", "audio_model"),
+}
+
+
+def modules_of(modules: Iterable[str], names: Iterable[str]) -> dict[str, str | None]:
+    """For every tensor the one of `modules` it belongs to, or None.
+
+    A module is a stack of layers (`model.layers`), a part of names (`encoder`, `vision_tower`), or one of mergekit's
+    words for such; `default`, and `text_decoder` where nothing else answers to it, are what is left.
+    """
+    wanted = list(modules)
+    words = {module: _MODULE_WORDS.get(module, (module,)) for module in wanted}
+    owner: dict[str, str | None] = {}
+    all_names = list(names)
+    for name in all_names:
+        padded = f".{name}."
+        found = [module for module in wanted if any(f".{word}." in padded for word in words[module])]
+        # The longest word is the most particular: `vision_tower.encoder` is of the tower.
+        owner[name] = max(found, key=lambda module: max(map(len, words[module])), default=None)
+    rest = "default" if "default" in wanted else "text_decoder"
+    if rest in wanted and rest not in owner.values():
+        owner = {name: rest if module is None else module for name, module in owner.items()}
+    return owner

@@ -26,7 +26,7 @@ from streammerge.plan.setting import Setting, parse_setting
 _MAX_BYTES = 4_000_000
 _MAX_NODES = 200_000
 _SHOWN = 100
-_LATER = ("slices", "modules", "tokenizer", "chat_template", "name")
+_LATER = ("tokenizer", "chat_template")
 
 
 class _Document(BaseModel):
@@ -52,8 +52,49 @@ def _settings(content: Any) -> Any:
     return parsed
 
 
-class _ModelEntry(_Document):
+def _reference(content: Any) -> Any:
+    """mergekit's map {model: {path, revision}, lora, override_architecture} as the path in it."""
+    if not isinstance(content, dict):
+        return content
+    inner = content.get("model", content)
+    path = inner.get("path") if isinstance(inner, dict) else inner
+    if not isinstance(path, str):
+        raise ValueError("expected a path, or a map {model: {path: …}}")
+    for key, value in {**content, **(inner if isinstance(inner, dict) else {})}.items():
+        if key in ("lora", "revision") and value is not None:
+            raise ValueError(f"{key}: still to come; merge or download it first")
+    return path
+
+
+class _Source(_Document):
     model: str
+    layer_range: tuple[int, int] | None = None
+    parameters: dict[str, Any] = Field(default_factory=dict)
+
+    _parse = field_validator("parameters", mode="before")(_settings)
+    _path = field_validator("model", mode="before")(_reference)
+
+    @field_validator("layer_range")
+    @classmethod
+    def _in_order(cls, layers: tuple[int, int] | None) -> tuple[int, int] | None:
+        if layers is not None and not 0 <= layers[0] < layers[1]:
+            raise ValueError(f"[{layers[0]}, {layers[1]}] holds no layers; it is half open, [0, 32] are layers 0 to 31")
+        return layers
+
+
+class _Slice(_Document):
+    sources: list[_Source]
+    base_model: str | None = None
+    residual_weight: Any = None
+    parameters: dict[str, Any] = Field(default_factory=dict)
+
+    _parse = field_validator("parameters", mode="before")(_settings)
+    _path = field_validator("base_model", mode="before")(_reference)
+
+
+class _Module(_Document):
+    models: list[_Source] = Field(default_factory=list)
+    slices: list[_Slice] = Field(default_factory=list)
     parameters: dict[str, Any] = Field(default_factory=dict)
 
     _parse = field_validator("parameters", mode="before")(_settings)
@@ -61,7 +102,10 @@ class _ModelEntry(_Document):
 
 class _Recipe(_Document):
     merge_method: str
-    models: list[_ModelEntry] = Field(default_factory=list)
+    name: str | None = None
+    models: list[_Source] = Field(default_factory=list)
+    slices: list[_Slice] = Field(default_factory=list)
+    modules: dict[str, _Module] = Field(default_factory=dict)
     base_model: str | None = None
     dtype: str | None = None
     out_dtype: str | None = None
@@ -73,6 +117,7 @@ class _Recipe(_Document):
     analysis: AnalysisOptions = Field(default_factory=AnalysisOptions)
 
     _parse = field_validator("parameters", mode="before")(_settings)
+    _path = field_validator("base_model", mode="before")(_reference)
 
     @field_validator("dtype", "out_dtype")
     @classmethod
@@ -85,31 +130,78 @@ class _Recipe(_Document):
         return dtype
 
 
+Parameters = dict[str, Setting]
+
+
 @dataclass(frozen=True)
 class Input:
-    """One model of the recipe: as written, and the parameters given under it."""
+    """One model of the recipe: as written, the parameters given under it, and its layers, start and stop, or all."""
 
     model: str
-    parameters: dict[str, Setting]
+    parameters: Parameters
+    layers: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some layers of the output, or all of it.
+
+    `base` is the base model where the method has one, else None; `models` are the other inputs, in the order that
+    counts.
+    """
+
+    base: Input | None
+    models: tuple[Input, ...]
+    parameters: Parameters = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """Every input, the base first."""
+        return (() if self.base is None else (self.base,)) + self.models
+
+
+@dataclass(frozen=True)
+class Module:
+    """A part of the model that is merged in its own way; `name` is None for all of it. Its slices follow each other."""
+
+    name: str | None
+    slices: tuple[Slice, ...]
+    parameters: Parameters = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One document of a recipe: a merge, whose result others may use by its name.
+
+    `dtype` and `out_dtype` are names of base/dtypes.py. `donor` is the model whose config and tokenizer it takes.
+    """
+
+    name: str | None
+    method: Method
+    donor: str
+    modules: tuple[Module, ...]
+    dtype: str | None
+    out_dtype: str | None
+    parameters: Parameters
+
+    @property
+    def inputs(self) -> list[str]:
+        """The models it names, each once, the donor first."""
+        named = [source.model for module in self.modules for part in module.slices for source in part.inputs]
+        return list(dict.fromkeys([self.donor, *named]))
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the user asked for.
+    """What the user asked for: `stages` in the order in which they need each other; the last one is what is written.
 
-    `base` is the base model where the method has one, else None; `models` are the other inputs, in the order that
-    counts. `dtype` and `out_dtype` are names of base/dtypes.py. `text` is the file as given. `tasks` is the list under
-    that key as it stands (study/tasks.py reads it); `proxy`, `decisions` and `analysis` say how to analyse.
+    `text` is the file as given. `tasks` is the list under that key as it stands (study/tasks.py reads it); `proxy`,
+    `decisions` and `analysis` say how to analyse.
     """
 
     path: Path
     text: str
-    method: Method
-    base: Input | None
-    models: tuple[Input, ...]
-    dtype: str | None
-    out_dtype: str | None
-    parameters: dict[str, Setting]
+    stages: tuple[Stage, ...]
     warnings: tuple[str, ...]
     tasks: tuple[Any, ...] | None = None
     proxy: Literal["weights"] | None = None
@@ -122,9 +214,38 @@ class Recipe:
         return self.tasks is not None or self.proxy is not None
 
     @property
-    def inputs(self) -> tuple[Input, ...]:
-        """Every input, the base first."""
-        return (() if self.base is None else (self.base,)) + self.models
+    def last(self) -> Stage:
+        """The stage that is written."""
+        return self.stages[-1]
+
+    @property
+    def method(self) -> Method:
+        return self.last.method
+
+    @property
+    def only(self) -> Slice:
+        """All inputs of a recipe that merges whole models in one stage. Raises RecipeError for any other."""
+        module = self.last.modules[0]
+        if len(self.stages) > 1 or module.name is not None or any(i.layers for i in module.slices[0].inputs):
+            advice = "this works for one document with `models:`, not for slices, modules or several documents"
+            raise RecipeError(str(self.path), [advice])
+        return module.slices[0]
+
+    @property
+    def bases(self) -> set[str]:
+        """The models that deltas are measured from."""
+        parts = [part for stage in self.stages for module in stage.modules for part in module.slices]
+        return {part.base.model for part in parts if part.base is not None}
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Every checkpoint it names, each once: first the one whose config and tokenizer the output takes."""
+        stages = {stage.name: stage for stage in self.stages}
+        donor = self.last.donor
+        while donor in stages:
+            donor = stages[donor].donor
+        named = [model for stage in reversed(self.stages) for model in stage.inputs if model not in stages]
+        return tuple(dict.fromkeys([donor, *named]))
 
 
 def load_recipe(path: Path, *, strict: bool = False) -> Recipe:
@@ -145,27 +266,84 @@ def load_recipe(path: Path, *, strict: bool = False) -> Recipe:
 
 def parse_recipe(text: str, path: Path, *, strict: bool = False) -> Recipe:
     """Check the recipe `text`; `path` names it in errors, and its directory may hold the models it names."""
-    content, lines = _read_yaml(text, path)
-    try:
-        document = _Recipe.model_validate(content)
-    except ValidationError as error:
-        problems = [_problem(details, lines) for details in error.errors()]
-        problems += _problems_of_the_rest(content, [details["loc"] for details in error.errors()], lines)
-        raise RecipeError(str(path), problems) from None
-    problems, warnings = _Checks(document, lines).run()
+    documents: list[tuple[_Recipe, dict[Place, int]]] = []
+    problems: list[str] = []
+    warnings: list[str] = []
+    for content, lines in _read_yaml(text, path):
+        try:
+            document = _Recipe.model_validate(content)
+        except ValidationError as error:
+            problems += [_problem(details, lines) for details in error.errors()]
+            problems += _problems_of_the_rest(content, [details["loc"] for details in error.errors()], lines)
+            continue
+        found, warned = _Checks(document, lines).run()
+        problems += found
+        warnings += warned
+        documents.append((document, lines))
     if strict:
         problems, warnings = problems + warnings, []
     if problems:
         raise RecipeError(str(path), problems)
-    return _build(document, path, text, warnings)
+    ordered = _in_order([document for document, _ in documents], path)
+    last = ordered[-1]
+    return Recipe(
+        path=path,
+        text=text,
+        stages=tuple(_stage(document) for document in ordered),
+        warnings=tuple(warnings),
+        tasks=None if last.tasks is None else tuple(last.tasks),
+        proxy=last.proxy,
+        decisions=last.decisions,
+        analysis=last.analysis,
+    )
 
 
 Place = tuple[str | int, ...]
 
 
+def _in_order(documents: list[_Recipe], path: Path) -> list[_Recipe]:
+    """The documents that the output needs, each after those it needs. Raises RecipeError."""
+    names = [document.name for document in documents if document.name is not None]
+    problems = [f"the name {name!r} is given to two documents" for name in {n for n in names if names.count(n) > 1}]
+    unnamed = [document for document in documents if document.name is None]
+    needs = {id(document): [name for name in _stage(document).inputs if name in names] for document in documents}
+    used = {name for needed in needs.values() for name in needed}
+    ends = unnamed or [document for document in documents if document.name not in used]
+    if len(ends) > 1:
+        called = ", ".join(document.name or "one without a name" for document in ends)
+        problems.append(
+            f"several documents could be the output: {called}. Give all but the last one a name that it uses"
+        )
+    if not ends:
+        problems.append(
+            "the documents need each other in a circle; leave one of them without a name, and let it use them"
+        )
+    if problems:
+        raise RecipeError(str(path), sorted(problems))
+    by_name = {document.name: document for document in documents}
+    ordered: list[_Recipe] = []
+
+    def add(document: _Recipe, above: tuple[str | None, ...]) -> None:
+        if any(document is other for other in ordered):
+            return
+        for name in needs[id(document)]:
+            if name in above or name == document.name:
+                raise RecipeError(str(path), [f"the documents need each other in a circle: {name} needs itself"])
+            add(by_name[name], (*above, document.name))
+        ordered.append(document)
+
+    add(ends[0], ())
+    left = [document.name for document in documents if not any(document is other for other in ordered)]
+    if left:
+        raise RecipeError(
+            str(path), [f"no document uses {', '.join(map(str, left))}; take it out, or use it as a model"]
+        )
+    return ordered
+
+
 def _problems_of_the_rest(content: Any, places: list[Place], lines: dict[Place, int]) -> list[str]:
     """What else is wrong with a recipe once the values at `places` are taken out, if it can be read then."""
-    if ("models",) in places:
+    if any(place == ("models",) or "layer_range" in place for place in places):
         return []
     rest = copy.deepcopy(content)
     for place in places:
@@ -182,15 +360,18 @@ def _problems_of_the_rest(content: Any, places: list[Place], lines: dict[Place, 
     return _Checks(document, lines).run()[0]
 
 
-def _read_yaml(text: str, path: Path) -> tuple[Any, dict[Place, int]]:
-    """The content of one YAML document, and the line of every key and item."""
+def _read_yaml(text: str, path: Path) -> list[tuple[Any, dict[Place, int]]]:
+    """The content of every YAML document that has any, and the line of every key and item."""
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        if root is None:
+        numbered = []
+        for root in yaml.compose_all(text, Loader=yaml.SafeLoader):
+            lines: dict[Place, int] = {}
+            _walk(root, (), lines, path)
+            numbered.append(lines)
+        contents = list(yaml.safe_load_all(text))
+        if not any(content is not None for content in contents):
             raise RecipeError(str(path), ["the file is empty; a recipe needs at least merge_method and models"])
-        lines: dict[Place, int] = {}
-        _walk(root, (), lines, path)
-        return yaml.safe_load(text), lines
+        return [pair for pair in zip(contents, numbered, strict=True) if pair[0] is not None]
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise RecipeError(str(path), [f"{line}not YAML: {error.problem or error.context}"]) from None
@@ -258,11 +439,18 @@ class _Checks:
     def run(self) -> tuple[list[str], list[str]]:
         document = self._document
         self._unknown_keys(document, ())
-        for i, entry in enumerate(document.models):
-            self._unknown_keys(entry, ("models", i))
-            self._reference(entry.model, ("models", i, "model"))
+        for source, place in _sources(document):
+            self._unknown_keys(source, place)
+            self._path(source.model, (*place, "model"))
+        for owner, place in _owners(document):
+            self._unknown_keys(owner, place)
+            if isinstance(owner, _Slice) and owner.residual_weight is not None:
+                self._warn((*place, "residual_weight"), "has no effect, as in mergekit")
+            base = getattr(owner, "base_model", None)
+            if base is not None:
+                self._path(base, (*place, "base_model"))
         if document.base_model is not None:
-            self._reference(document.base_model, ("base_model",))
+            self._path(document.base_model, ("base_model",))
         if document.tokenizer_source not in (None, "base"):
             self._problem(("tokenizer_source",), "only `base` works yet; other tokenizers are still to come")
         method = METHODS.get(document.merge_method)
@@ -270,7 +458,8 @@ class _Checks:
             self._problem(("merge_method",), f"{document.merge_method!r} is no method here.{self._nearest_method()}")
         else:
             self._parameters(method)
-            self._count(method)
+        self._parts(method)
+        if method is not None:
             self._analysis(method)
         return self._problems, self._warnings
 
@@ -288,7 +477,7 @@ class _Checks:
             else:
                 self._warn((*place, key), f"unknown key, ignored.{nearest(key, known)}")
 
-    def _reference(self, model: str, place: Place) -> None:
+    def _path(self, model: str, place: Place) -> None:
         if "+" in model and not _exists(_expanded(model)):
             self._problem(place, f"{model!r} names an adapter after `+`; adapters are still to come. Merge it first")
 
@@ -298,13 +487,15 @@ class _Checks:
     def _parameters(self, method: Method) -> None:
         shared = {param.name for param in method.params if not param.per_model}
         known = [param.name for param in method.params]
-        groups: list[tuple[Place, dict[str, Setting]]] = [(("parameters",), self._document.parameters)]
-        groups += [(("models", i, "parameters"), entry.parameters) for i, entry in enumerate(self._document.models)]
-        for place, parameters in groups:
+        groups: list[tuple[Place, Parameters, bool]] = [((), self._document.parameters, False)]
+        groups += [(place, owner.parameters, False) for owner, place in _owners(self._document)]
+        groups += [(place, source.parameters, True) for source, place in _sources(self._document)]
+        for owner_place, parameters, of_model in groups:
+            place = (*owner_place, "parameters")
             for name in parameters:
                 if name not in known:
                     self._warn((*place, name), f"{method.name} has no such parameter.{nearest(name, known)}")
-                elif name in shared and place[0] == "models":
+                elif name in shared and of_model:
                     self._warn((*place, name), f"has no effect under one model; write {name} under `parameters:`")
 
     def _analysis(self, method: Method) -> None:
@@ -317,27 +508,91 @@ class _Checks:
         elif given and document.tasks is None and document.proxy is None:
             self._warn((given[0],), "has no effect without tasks (or `proxy: weights`)")
 
-    def _count(self, method: Method) -> None:
+    def _parts(self, method: Method | None) -> None:
+        """Exactly one of models, slices and modules; and in each as many models as the method takes."""
         document = self._document
-        names = [entry.model for entry in document.models]
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        if repeated:
-            self._problem(("models",), f"{', '.join(repeated)} is listed more than once")
-        if not names:
-            self._problem(("models",), "list at least one model")
+        given = [key for key in ("models", "slices", "modules") if getattr(document, key)]
+        if len(given) > 1:
+            self._problem((given[1],), f"{' and '.join(given)} exclude each other; keep one")
             return
-        if method.base == "required" and document.base_model is None:
+        if not given:
+            named = [key for key in ("models", "slices", "modules") if key in document.model_fields_set]
+            self._problem((named[0] if named else "models",), "list at least one model")
+            return
+        for name, module in document.modules.items():
+            if bool(module.models) == bool(module.slices):
+                self._problem(("modules", name), "needs either models or slices")
+        if method is not None:
+            for sources, base, place in _groups(document):
+                self._count(method, sources, base, place)
+
+    def _count(self, method: Method, sources: list[_Source], base: str | None, place: Place) -> None:
+        sliced = place[-1] == "sources"
+        names = [(source.model, source.layer_range) for source in sources]
+        repeated = sorted({model for model, layers in names if names.count((model, layers)) > 1})
+        if repeated:
+            self._problem(place, f"{', '.join(repeated)} is listed more than once")
+        lengths = {source.layer_range[1] - source.layer_range[0] for source in sources if source.layer_range}
+        for i, source in enumerate(sources):
+            if sliced and source.layer_range is None:
+                self._problem((*place, i), "layer_range is missing: [first, one after the last]")
+            elif not sliced and source.layer_range is not None:
+                self._problem((*place, i, "layer_range"), "belongs to the sources of slices, not to models")
+        if len(lengths) > 1:
+            self._problem(place, f"take {' and '.join(map(str, sorted(lengths)))} layers; all sources of a slice must "
+                                 f"have as many")  # fmt: skip
+        if not names:
+            self._problem(place, "list at least one model")
+            return
+        if method.base == "required" and base is None:
             self._problem((), f"{method.name} needs a base_model")
             return
-        models = len([name for name in names if method.base == "ignored" or name != document.base_model])
-        if method.base == "ignored" and document.base_model is not None and document.base_model not in names:
+        listed = base in [model for model, _ in names]
+        if sliced and base is not None and not listed and method.base != "ignored":
+            self._problem(place, f"the base {base} is not among the sources; list it, with its layer_range")
+            return
+        models = len([model for model, _ in names if method.base == "ignored" or model != base])
+        if method.base == "ignored" and base is not None and not listed and not sliced:
             models += 1
         if models < method.min_models or (method.max_models is not None and models > method.max_models):
             least, most = method.min_models, method.max_models
             expected = str(least) if least == most else f"at least {least}" if most is None else f"{least} to {most}"
             besides = " besides the base" if method.base == "required" else ""
-            self._problem(("models",), f"{method.name} merges {expected} model{'s'[: expected != '1']}{besides}, "
-                                       f"found {models}")  # fmt: skip
+            self._problem(place, f"{method.name} merges {expected} model{'s'[: expected != '1']}{besides}, "
+                                 f"found {models}")  # fmt: skip
+
+
+def _sources(document: _Recipe) -> list[tuple[_Source, Place]]:
+    """Every source with its place."""
+    return [(source, (*place, i)) for sources, _, place in _groups(document) for i, source in enumerate(sources)]
+
+
+def _owners(document: _Recipe) -> list[tuple[_Slice | _Module, Place]]:
+    """Every slice and module with its place."""
+    owners: list[tuple[_Slice | _Module, Place]] = [(part, ("slices", i)) for i, part in enumerate(document.slices)]
+    for name, module in document.modules.items():
+        owners.append((module, ("modules", name)))
+        owners += [(part, ("modules", name, "slices", i)) for i, part in enumerate(module.slices)]
+    return owners
+
+
+def _groups(document: _Recipe) -> list[tuple[list[_Source], str | None, Place]]:
+    """Sources that are merged with each other: they, their base, and their place."""
+    base = document.base_model
+    groups: list[tuple[list[_Source], str | None, Place]] = []
+    if document.models:
+        groups.append((document.models, base, ("models",)))
+    modules: list[tuple[_Recipe | _Module, Place]] = [(document, ())]
+    for name, module in document.modules.items():
+        if module.models:
+            groups.append((module.models, base, ("modules", name, "models")))
+        modules.append((module, ("modules", name)))
+    for owner, place in modules:
+        groups += [
+            (part.sources, part.base_model or base, (*place, "slices", i, "sources"))
+            for i, part in enumerate(owner.slices)
+        ]
+    return groups
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -346,33 +601,39 @@ def nearest(name: str, known: list[str]) -> str:
     return f" Did you mean {near[0]}?" if near else ""
 
 
-def _build(document: _Recipe, path: Path, text: str, warnings: list[str]) -> Recipe:
+def _stage(document: _Recipe) -> Stage:
+    """A document that has passed the checks."""
     method = METHODS[document.merge_method]
-    models = [Input(entry.model, entry.parameters) for entry in document.models]
+
+    def slices(owner: _Recipe | _Module) -> tuple[Slice, ...]:
+        if owner.models:
+            return (_slice(method, owner.models, document.base_model, {}),)
+        return tuple(
+            _slice(method, part.sources, part.base_model or document.base_model, part.parameters)
+            for part in owner.slices
+        )
+
+    modules = [Module(name, slices(module), module.parameters) for name, module in document.modules.items()]
+    modules = modules or [Module(None, slices(document))]
+    donor = document.base_model or modules[0].slices[0].inputs[0].model
+    return Stage(
+        document.name, method, donor, tuple(modules), document.dtype, document.out_dtype, document.parameters
+    )  # fmt: skip
+
+
+def _slice(method: Method, sources: list[_Source], base_model: str | None, parameters: Parameters) -> Slice:
+    models = [Input(source.model, source.parameters, source.layer_range) for source in sources]
+    sliced = any(model.layers for model in models)
     base: Input | None = None
-    if document.base_model is not None:
-        listed = [model for model in models if model.model == document.base_model]
-        base = listed[0] if listed else Input(document.base_model, {})
-        if method.base == "required":
+    if base_model is not None:
+        listed = [model for model in models if model.model == base_model]
+        base = listed[0] if listed else Input(base_model, {})
+        if method.base != "ignored":
             models = [model for model in models if model is not base]
-        elif not listed:
+        elif not listed and not sliced:
             # As mergekit does: a base that the method does not treat as one joins as the last ordinary input.
             models.append(base)
-    return Recipe(
-        path=path,
-        text=text,
-        method=method,
-        base=base if method.base == "required" else None,
-        models=tuple(models),
-        dtype=document.dtype,
-        out_dtype=document.out_dtype,
-        parameters=document.parameters,
-        warnings=tuple(warnings),
-        tasks=None if document.tasks is None else tuple(document.tasks),
-        proxy=document.proxy,
-        decisions=document.decisions,
-        analysis=document.analysis,
-    )
+    return Slice(base if method.base != "ignored" else None, tuple(models), parameters)
 
 
 def resolve_model(model: str, recipe_path: Path) -> Path:

@@ -1,7 +1,7 @@
 """A parameter as a recipe writes it, and the value it has for one tensor.
 
 A setting is a scalar, a gradient (a list of scalars spread over the layers), a mapping {filter, value}, or a list of
-such mappings. A filter is a plain substring of the tensor's name; the first entry that matches wins.
+such mappings. A filter is a plain substring of one of the tensor's names; the first entry that matches wins.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from streammerge.kernels.contract import Param, Value
+from streammerge.plan.names import aliases
 
 Scalar = float | int | bool | str
 
@@ -23,7 +24,9 @@ class Entry:
     values: tuple[Scalar, ...]
 
     def matches(self, name: str) -> bool:
-        return self.filter is None or self.filter == "*" or self.filter in name
+        if self.filter is None or self.filter == "*":
+            return True
+        return any(self.filter in alias for alias in aliases(name))
 
 
 Setting = tuple[Entry, ...]

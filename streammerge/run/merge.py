@@ -112,10 +112,10 @@ def make_plan(recipe_path: Path, options: Options) -> Plan:
 def plan_recipe(recipe: Recipe, options: Options) -> Plan:
     """Find and open the models of a recipe, and plan."""
     recipe_path = recipe.path
-    paths = [resolve_model(source.model, recipe_path) for source in recipe.inputs]
+    paths = [resolve_model(model, recipe_path) for model in recipe.inputs]
     for i, path in enumerate(paths):
         if (first := next(j for j, other in enumerate(paths) if other.samefile(path))) < i:
-            same = f"{recipe.inputs[first].model} and {recipe.inputs[i].model} are the same model; list it once"
+            same = f"{recipe.inputs[first]} and {recipe.inputs[i]} are the same model; list it once"
             raise RecipeError(str(recipe_path), [same])
     checkpoints = [open_checkpoint(path) for path in paths]
     return build_plan(recipe, checkpoints, seed=options.seed, shard_bytes=options.shard_bytes, strict=options.strict)

@@ -1,7 +1,8 @@
 """Everything in OUT that is not weights: what is copied from the donor, and the model card.
 
 The donor is the base, or else the first model. Copied is every file beside its weights that is not weights itself:
-tokenizer, chat template, generation config, processors, code, licence. config.json is copied with its dtype mended.
+tokenizer, chat template, generation config, processors, code, licence. config.json is copied with its dtype mended, and
+with its numbers of layers and lists by layer where the recipe puts layers together anew.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from streammerge.base.dtypes import DTYPES, RECIPE_DTYPES
 from streammerge.base.errors import InputError
+from streammerge.plan.names import stacks
 from streammerge.plan.plan import Plan
 
 RECIPE_NAME = "mergekit_config.yml"
@@ -21,6 +24,8 @@ CARD_NAME = "README.md"
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz", ".partial"}
 _OURS = {CARD_NAME, RECIPE_NAME, "streammerge.manifest.json"}
 _LARGEST = 256_000_000
+# How configs call the number of layers.
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -61,35 +66,89 @@ def side_file(plan: Plan, file: Path) -> bytes:
         content = file.read_bytes()
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}.") from error
-    return _with_dtype(plan, file, content) if file.name == "config.json" else content
+    return _config(plan, file, content) if file.name == "config.json" else content
 
 
-def _with_dtype(plan: Plan, file: Path, content: bytes) -> bytes:
-    """config.json saying the dtype that most of the output is stored in."""
-    try:
-        config = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: is not JSON ({error}).") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{file}: is not a JSON object.")
-    sizes: dict[str, int] = {}
-    for tensor in plan.tensors:
-        if DTYPES[tensor.dtype].kind == "float":
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
-    if not sizes:
+def _config(plan: Plan, file: Path, content: bytes) -> bytes:
+    """config.json true to the output: the dtype that most of it is stored in, and its layers."""
+    config = _read_config(file, content)
+    changed = _set_layers(plan, config) | _set_dtype(plan, config)
+    if not changed:
         return content
-    stored = max(sizes, key=lambda name: sizes[name])
-    name = next(written for written, dtype in RECIPE_DTYPES.items() if dtype == stored)
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    if config.get(key) == name:
-        return content
-    config[key] = name
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     try:
         return text.encode()
     except UnicodeEncodeError:
         # Half a character, as an escape: it stays one.
         return (json.dumps(config, indent=2) + "\n").encode()
+
+
+def _read_config(file: Path, content: bytes) -> dict[str, Any]:
+    try:
+        config = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: is not JSON ({error}).") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{file}: is not a JSON object.")
+    return config
+
+
+def _set_layers(plan: Plan, config: dict[str, Any]) -> bool:
+    """Where layers were put together anew: their number, and every list that has an entry for each layer."""
+    donor = max(stacks(plan.checkpoints[0].tensors).values(), default=0)
+    if plan.layers == tuple((0, layer) for layer in range(donor)):
+        return False
+    sources = [config]
+    for checkpoint in plan.checkpoints[1:]:
+        other = checkpoint.directory / "config.json"
+        sources.append(_read_config(other, other.read_bytes()) if other.is_file() else config)
+    changed = False
+    for path in _maps(config):
+        owners = [_at(source, path) for source in sources]
+        own = owners[0]
+        counts = [key for key in _LAYER_COUNTS if own.get(key) == donor]
+        for key in counts:
+            own[key] = len(plan.layers)
+            changed = True
+        if not counts:
+            continue
+        for key, value in list(own.items()):
+            if isinstance(value, list) and len(value) == donor and _is_by_layer(key, donor):
+                lists = [owner.get(key, value) for owner in owners]
+                own[key] = [lists[number][layer] for number, layer in plan.layers]
+    return changed
+
+
+def _is_by_layer(key: str, layers: int) -> bool:
+    """Whether a list as long as there are layers is one of them: of a small model it could be any other list."""
+    return "layer" in key or (layers > 4 and "token" not in key and key != "architectures")
+
+
+def _maps(config: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Where the maps of a config are: its own, and one level down, as the `text_config` of models that see."""
+    return [(), *((key,) for key, value in config.items() if isinstance(value, dict))]
+
+
+def _at(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    for key in path:
+        config = config.get(key, {})
+    return config
+
+
+def _set_dtype(plan: Plan, config: dict[str, Any]) -> bool:
+    sizes: dict[str, int] = {}
+    for tensor in plan.tensors:
+        if DTYPES[tensor.dtype].kind == "float":
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    if not sizes:
+        return False
+    stored = max(sizes, key=lambda name: sizes[name])
+    name = next(written for written, dtype in RECIPE_DTYPES.items() if dtype == stored)
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    if config.get(key) == name:
+        return False
+    config[key] = name
+    return True
 
 
 def model_card(plan: Plan) -> bytes:
@@ -101,7 +160,7 @@ def model_card(plan: Plan) -> bytes:
         "tags": ["merge", "mergekit", "streammerge"],
     }
     # The Hub knows names, not somebody's folders.
-    named = [source.model for source in plan.recipe.inputs if _HUB_NAME.fullmatch(source.model)]
+    named = [model for model in plan.recipe.inputs if _HUB_NAME.fullmatch(model)]
     if named:
         front["base_model"] = named
     if len(known) == 1 and all(licences):
@@ -111,8 +170,8 @@ def model_card(plan: Plan) -> bytes:
         front["license_name"] = "licences-of-the-inputs"
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", plan.recipe.text)), default=0))
     rows = "\n".join(
-        f"| {'base' if i == 0 and plan.has_base else 'model'} | {_cell(source.model)} | {licence or 'not stated'} |"
-        for i, (source, licence) in enumerate(zip(plan.recipe.inputs, licences, strict=True))
+        f"| {'base' if model in plan.recipe.bases else 'model'} | {_cell(model)} | {licence or 'not stated'} |"
+        for model, licence in zip(plan.recipe.inputs, licences, strict=True)
     )
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n"

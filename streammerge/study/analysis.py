@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from streammerge.base.errors import RecipeError
 from streammerge.base.units import format_size
 from streammerge.plan.plan import Plan
-from streammerge.plan.recipe import Input, Recipe, load_recipe
+from streammerge.plan.recipe import Module, Recipe, load_recipe
 from streammerge.plan.setting import Setting, parse_setting
 from streammerge.run.merge import Options, check_disk, plan_recipe, stop_signals
 from streammerge.run.output import check_apart, check_usable
@@ -241,7 +241,7 @@ def _by_proxy(recipe: Recipe, plan: Plan, bench: Workbench, given: Given, out: P
 
 def _tasks(recipe: Recipe, tasks_file: Path | None) -> list[Task]:
     """The tasks, in the order of the models they belong to."""
-    models = [source.model for source in recipe.models]
+    models = [source.model for source in recipe.only.models]
     entries: Sequence[Any]
     entries, origin = (recipe.tasks or (), recipe.path)
     if tasks_file is not None:
@@ -260,14 +260,14 @@ def _given(recipe: Recipe) -> Given:
     problems: list[str] = []
     values: dict[str, tuple[float, ...] | None] = {}
     for name in ("density", "scale", "weight"):
-        settings = [source.parameters.get(name, recipe.parameters.get(name)) for source in recipe.models]
+        settings = [source.parameters.get(name, recipe.last.parameters.get(name)) for source in recipe.only.models]
         numbers = [_number(setting) for setting in settings if setting]
         if any(number is None for number in numbers):
             problems.append(f"{name}: an analysis takes one number per model, no gradients or filters")
         elif numbers and len(numbers) < len(settings):
             problems.append(f"{name} is given for some models only; give it for all, or for none to have it searched")
         values[name] = tuple(number for number in numbers if number is not None) if numbers else None
-    if not recipe.models:
+    if not recipe.only.models:
         problems.append("list at least one model besides the base")
     if problems:
         raise RecipeError(str(recipe.path), problems)
@@ -285,12 +285,14 @@ def _template(recipe: Recipe) -> Recipe:
     """The recipe with parameters that the analysis will replace."""
     own = ("weight", "density", "scale")
     fixed = {"weight": parse_setting(1.0), "density": parse_setting(0.5), "scale": parse_setting(1.0)}
+    part = recipe.only
     models = tuple(
-        Input(source.model, {k: v for k, v in source.parameters.items() if k not in own} | fixed)
-        for source in recipe.models
+        replace(source, parameters={k: v for k, v in source.parameters.items() if k not in own} | fixed)
+        for source in part.models
     )
-    shared = {name: setting for name, setting in recipe.parameters.items() if name not in own}
-    return replace(recipe, models=models, parameters=shared)
+    shared = {name: setting for name, setting in recipe.last.parameters.items() if name not in own}
+    stage = replace(recipe.last, modules=(Module(None, (replace(part, models=models),)),), parameters=shared)
+    return replace(recipe, stages=(stage,))
 
 
 def _parameters(findings: Findings, model: int) -> dict[str, Any]:

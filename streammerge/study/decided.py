@@ -22,10 +22,11 @@ def decided_recipe(recipe: Recipe, parameters: Sequence[Mapping[str, Any]], comm
     content = yaml.safe_load(recipe.text)
     lines = [f"# {line}".rstrip() for line in heading]
     lines.append("merge_method: hi_merging")
-    if recipe.base is not None:
-        lines.append(_field("base_model", _reference(recipe.base.model, recipe.path, out)))
+    part = recipe.only
+    if part.base is not None:
+        lines.append(_field("base_model", _reference(part.base.model, recipe.path, out)))
     lines.append("models:")
-    for source, own in zip(recipe.models, parameters, strict=True):
+    for source, own in zip(part.models, parameters, strict=True):
         lines += [f"  - {_field('model', _reference(source.model, recipe.path, out))}", "    parameters:"]
         for name, value in own.items():
             if not isinstance(value, list):

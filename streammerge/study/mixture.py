@@ -14,8 +14,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from streammerge.kernels.contract import Settings
+from streammerge.plan.draft import Draft, Read
 from streammerge.plan.names import layer_of
-from streammerge.plan.plan import Plan, Read, TensorPlan, work_of
+from streammerge.plan.plan import Plan, TensorPlan, work_of
 from streammerge.study.network import Network
 from streammerge.study.variants import Shelf, Variant, Version, make_version
 
@@ -99,7 +100,7 @@ class Family:
 
     @property
     def models(self) -> list[str]:
-        return [source.model for source in self._plan.recipe.models]
+        return [source.model for source in self._plan.recipe.only.models]
 
     @property
     def layers(self) -> list[int]:
@@ -188,8 +189,9 @@ class Family:
             made[group, vector] = Settings(
                 usual.shared, {**usual.models, "weight": mixture.weight, "density": density, "scale": scale}
             )
-        reads, steps = work_of(tensor.name, tensor.dtype, self._reads(tensor), self._plan.method, made[group, vector],
-                               has_base=True)  # fmt: skip
+        draft = Draft(tensor.dtype, tensor.shape, self._plan.method, made[group, vector], self._reads(tensor),
+                      has_base=True, stream=tensor.name)  # fmt: skip
+        reads, steps = work_of(draft)
         return replace(tensor, reads=reads, steps=steps)
 
 

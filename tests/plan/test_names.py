@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 
-from streammerge.plan.names import gradient_positions, layer_of
+from streammerge.plan.names import aliases, in_layer, is_front, layer_of, modules_of, position, stacks
 
 
 @pytest.mark.parametrize(
@@ -32,6 +34,14 @@ def test_the_first_number_between_dots_is_the_layer(name: str, layer: tuple[str,
 def test_a_number_of_thousands_of_digits_in_a_name_is_no_crash() -> None:
     # Names come from files of strangers; Python's int() refuses more than 4,300 digits.
     layer_of(f"a.{'9' * 5000}.w")
+
+
+def gradient_positions(names: Iterable[str]) -> dict[str, float]:
+    """Where a gradient over whole models is read."""
+    found = list(names)
+    depth = stacks(found)
+    layers = {name: layer_of(name) for name in found}
+    return {name: 0.0 if each is None else position(each[1], depth[each[0]]) for name, each in layers.items()}
 
 
 def test_layers_are_spread_from_0_to_1() -> None:
@@ -64,3 +74,42 @@ def test_every_stack_of_layers_has_a_gradient_of_its_own() -> None:
 def test_experts_lie_where_their_layer_does() -> None:
     names = [f"model.layers.{i}.mlp.experts.{j}.w" for i in range(3) for j in range(4)]
     assert list(gradient_positions(names).values()) == [0.0] * 4 + [0.5] * 4 + [1.0] * 4
+
+
+def test_a_tensor_is_found_in_another_layer() -> None:
+    assert in_layer("model.layers.3.mlp.experts.5.w1.weight", 12) == "model.layers.12.mlp.experts.5.w1.weight"
+    assert in_layer("3.weight", 0) == "0.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "front"),
+    [
+        ("model.embed_tokens.weight", True), ("transformer.wte.weight", True), ("wpe.weight", True),
+        ("bert.embeddings.LayerNorm.weight", True), ("model.norm.weight", False), ("lm_head.weight", False),
+        ("embed_out.weight", False), ("transformer.ln_f.bias", False), ("gpt_neox.embed_in.weight", True),
+        ("gpt_neox.final_layer_norm.weight", False), ("shared.weight", False),
+    ],
+)  # fmt: skip
+def test_embeddings_come_before_the_layers_and_norms_and_heads_after(name: str, front: bool) -> None:
+    assert is_front(name) is front
+
+
+def test_a_tensor_is_also_known_by_its_name_in_transformers() -> None:
+    name = "model.layers.3.block_sparse_moe.experts.7.w1.weight"
+    assert aliases(name) == (name, "model.layers.3.mlp.experts.gate_up_proj")
+    assert aliases("model.layers.3.mlp.experts.7.down_proj.weight")[1] == "model.layers.3.mlp.experts.down_proj"
+    assert "transformer.h.0.attn.c_attn.weight" in aliases("h.0.attn.c_attn.weight")
+    assert aliases("model.norm.weight") == ("model.norm.weight",)
+
+
+def test_modules_are_found_by_stack_by_part_and_by_mergekits_words() -> None:
+    names = ["model.language_model.layers.0.w", "model.visual.blocks.0.w", "model.visual.merger.w", "lm_head.weight"]
+    assert list(modules_of(["visual"], names).values()) == [None, "visual", "visual", None]
+    assert list(modules_of(["vision_tower", "text_decoder"], names).values()) == [
+        "text_decoder", "vision_tower", "vision_tower", None,
+    ]  # fmt: skip
+    names = ["encoder.block.0.w", "decoder.block.0.w", "shared.weight"]
+    assert list(modules_of(["encoder", "decoder", "default"], names).values()) == ["encoder", "decoder", "default"]
+    assert list(modules_of(["text_decoder", "vision_tower"], ["model.layers.0.w", "vision_tower.x"]).values()) == [
+        "text_decoder", "vision_tower",
+    ]  # fmt: skip
