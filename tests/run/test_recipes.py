@@ -30,8 +30,8 @@ SHAPES: dict[str, tuple[int, ...]] = {
 def models(tmp_path: Path) -> list[Path]:
     paths = make_models(tmp_path / "models", 3, shapes=SHAPES)
     for number, path in enumerate(paths):
-        config = {"num_hidden_layers": LAYERS, "layer_types": [f"{number}{i}" for i in range(LAYERS)], "ids": [1, 2, 3, 4],
-                  "text_config": {"num_hidden_layers": LAYERS, "layer_types": list("abcd")}}  # fmt: skip
+        config = {"num_hidden_layers": LAYERS, "layer_types": [f"{number}{i}" for i in range(LAYERS)],
+                  "ids": [1, 2, 3, 4], "text_config": {"num_hidden_layers": LAYERS, "layer_types": list("abcd")}}  # fmt: skip
         (path / "config.json").write_text(json.dumps(config))
     return paths
 
@@ -185,14 +185,14 @@ def test_modules_merge_apart_and_what_none_names_is_copied(tmp_path: Path) -> No
     shapes = {"vision_tower.blocks.0.w": (8, 8), "language_model.layers.0.w": (8, 8), "projector.w": (8, 8)}
     base, one = (str(path) for path in make_models(tmp_path / "models", 1, shapes=shapes))
     both = {"models": [{"model": base}, {"model": one}]}
+    first = {"models": [{"model": base}, {"model": one, "parameters": {"weight": 0.0}}]}
     recipe = {
         "merge_method": "linear", "base_model": base,
         "modules": {
             "text_decoder": {**both, "parameters": {"weight": 0.5}},
-            "vision_tower": {**both, "parameters": {"weight": [{"filter": "vision", "value": 3.0}]}},
+            "vision_tower": {**first, "parameters": {"weight": [{"filter": "vision", "value": 3.0}]}},
         },
     }  # fmt: skip
-    recipe["modules"]["vision_tower"]["models"][1] = {"model": one, "parameters": {"weight": 0.0}}
     notes: list[str] = []
     merged = merge(tmp_path, recipe, note=notes.append)
     x, a = (load_file(Path(path) / "model.safetensors") for path in (base, one))
