@@ -241,6 +241,35 @@ def inspect(
 
 
 @app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One method, to be shown whole.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="All of them as a page.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the merge methods, or show what NAME does: formula, parameters, passes, source."""
+    with _terminal(as_json=as_json) as terminal:
+        from streammerge import methods_report
+        from streammerge.methods import METHODS
+        from streammerge.plan.recipe import nearest
+
+        if name is not None and name not in METHODS:
+            advice = nearest(name, list(METHODS)) or f" There are {', '.join(METHODS)}."
+            raise UserError(f"{name!r} is no method here.{advice}")
+        chosen = list(METHODS.values()) if name is None else [METHODS[name]]
+        if as_json:
+            terminal.document({method.name: methods_report.method_json(method) for method in chosen})
+        elif markdown:
+            typer.echo(methods_report.methods_page(), nl=False)
+        elif name is None:
+            terminal.rows("methods", methods_report.method_list())
+            terminal.lines(["", "One of them whole: streammerge methods NAME"])
+        else:
+            terminal.lines([name, "", *methods_report.method_text(chosen[0]).splitlines(), ""])
+            terminal.rows(name, methods_report.method_rows(chosen[0]))
+            terminal.table("parameters", methods_report.parameter_table(chosen[0]), numbers=False)
+
+
+@app.command()
 def clean(
     out: OutPath,
     remove: Annotated[bool, typer.Option("--remove", help="Remove them; without it they are only listed.")] = False,

@@ -136,15 +136,15 @@ class Terminal:
         if not self._quiet and not self._json:
             self._err.print(Text(printable(text)))
 
-    def table(self, title: str, rows: Sequence[Sequence[str]]) -> None:
-        """A table; the first row is its heading."""
+    def table(self, title: str, rows: Sequence[Sequence[str]], *, numbers: bool = True) -> None:
+        """A table; the first row is its heading. Columns of `numbers` are set to the right."""
         for row in rows:
             self._write_log(f"{title}: {' | '.join(row)}")
         if self._quiet or self._json:
             return
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for i, heading in enumerate(rows[0]):
-            justify: Literal["left", "right"] = "left" if i == 0 else "right"
+            justify: Literal["left", "right"] = "left" if i == 0 or not numbers else "right"
             table.add_column(Text(printable(heading)), justify=justify, overflow="fold", no_wrap=i == 0)
         for row in rows[1:]:
             table.add_row(*(Text(printable(cell)) for cell in row))

@@ -134,6 +134,9 @@ class Look:
 
 
 Measuring = Generator[Look, Any, dict[str, Tensor]]
+# A question to each of many tensors, None for those that are not asked; the answers; what was found for each.
+Surveying = Generator[list[Look | None], list[Any], list[Any]]
+Scope = Literal["tensor", "layer", "model"]
 
 
 @dataclass(frozen=True)
@@ -231,6 +234,12 @@ class Method:
     by_rows: Callable[[Settings], bool] = field(default=lambda settings: False)
     # Whether it asks for `Settings.depth`.
     by_depth: Callable[[Settings], bool] = field(default=lambda settings: False)
+    # Which tensors must be looked at together before one of them can be merged, and how: `survey` is given their
+    # problems in the order of their names and returns what it found for each, as lists of numbers (`Problem.found`).
+    scope: Callable[[Settings], Scope] = field(default=lambda settings: "tensor")
+    survey: Callable[[Sequence[Problem]], Surveying] | None = None
+    # How often a survey looks at all of them.
+    survey_passes: int = 0
 
 
 def _name(function: Callable[..., Any]) -> str:

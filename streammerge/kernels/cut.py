@@ -131,21 +131,21 @@ class Quantity:
 MAGNITUDES = Quantity(magnitudes)
 
 
-class _Search:
-    """The interval [low, high) that holds one column's threshold, as integer keys in the order of the floats."""
+class Search:
+    """The interval [low, high) that holds one column's threshold, as integer keys in the order of the floats.
 
-    def __init__(self, column: int, keep: int, problem: Problem) -> None:
-        units, unit = problem.units, problem.grain.unit
-        self.column, self.keep, self._unit = column, keep, unit
-        self.low, self.high = 0, int(_keys(np.array([np.inf], _float(problem.work)))[0]) + 1
-        self.at_least_low = np.full(units, unit, np.int64)
-        self.at_least_low[-1] -= units * unit - problem.elements
-        self.at_least_high = np.zeros(units, np.int64)
+    Counts are kept apart for parts of what is cut: the units of a tensor, or the tensors of a group.
+    """
+
+    def __init__(self, column: int, keep: int, sizes: NDArray[np.int64], work: torch.dtype) -> None:
+        self.column, self.keep = column, keep
+        self.low, self.high = 0, int(keys_of(np.array([np.inf], _float(work)))[0]) + 1
+        self.at_least_low, self.at_least_high = sizes, np.zeros_like(sizes)
         self.cut: Cut | None = None
 
     @property
     def inside(self) -> NDArray[np.int64]:
-        """Per unit, how many entries lie in the interval."""
+        """Per part, how many entries lie in the interval."""
         return self.at_least_low - self.at_least_high
 
     @property
@@ -171,7 +171,7 @@ class _Search:
         return sorted({self.low + width * i // (most + 1) for i in range(1, most + 1)} - {self.low})
 
     def narrow(self, pivots: list[int], counts: NDArray[np.int64]) -> None:
-        """Take in the counts (units, len(pivots)) of sizes >= each pivot."""
+        """Take in the counts (parts, len(pivots)) of sizes >= each pivot."""
         for i, (pivot, total) in enumerate(zip(pivots, counts.sum(0).tolist(), strict=True)):
             if total >= self.keep:
                 self.low, self.at_least_low = pivot, counts[:, i]
@@ -182,7 +182,7 @@ class _Search:
     def settle(self, work: torch.dtype) -> bool:
         """The cut is known once the interval is one value and all its entries stay."""
         if self.high - self.low == 1 and int(self.inside.sum()) == self.wanted:
-            self.cut = Cut(float(_floats(np.array([self.low]), work)[0]), 2**62)
+            self.cut = Cut(float(floats_of(np.array([self.low]), work)[0]), 2**62)
         return self.cut is not None
 
     def units_to_fetch(self) -> NDArray[np.int64] | None:
@@ -192,13 +192,13 @@ class _Search:
             return np.array([np.searchsorted(cumulative, self.wanted)])
         return np.flatnonzero(self.inside) if cumulative[-1] <= COLLECT_AT_MOST else None
 
-    def pick(self, keys: NDArray[np.int64], index: NDArray[np.int64], work: torch.dtype) -> None:
+    def pick(self, keys: NDArray[np.int64], index: NDArray[np.int64], unit: int, work: torch.dtype) -> None:
         """Choose the cut among fetched entries, given by key and index in ascending order of index."""
         wanted = self.wanted
         if self.high - self.low == 1:
-            wanted -= int(self.inside[: index[0] // self._unit].sum())
+            wanted -= int(self.inside[: index[0] // unit].sum())
         chosen = np.lexsort((index, -keys))[wanted - 1]
-        self.cut = Cut(float(_floats(keys[chosen : chosen + 1], work)[0]), int(index[chosen]))
+        self.cut = Cut(float(floats_of(keys[chosen : chosen + 1], work)[0]), int(index[chosen]))
 
 
 def magnitude_cuts(problem: Problem, densities: Sequence[float]) -> Looking[list[Cut]]:
@@ -223,13 +223,15 @@ def find_cuts(problem: Problem, quantity: Quantity, wanted: Sequence[tuple[int, 
     `arguments` are those of the quantity.
     """
     n, work = problem.elements, problem.work
-    searches = {i: _Search(column, k, problem) for i, (column, k) in enumerate(wanted) if 0 < k < n}
+    sizes = np.full(problem.units, problem.grain.unit, np.int64)
+    sizes[-1:] -= problem.units * problem.grain.unit - n
+    searches = {i: Search(column, k, sizes, work) for i, (column, k) in enumerate(wanted) if 0 < k < n}
     if searches:
         ranking = _Ranking(problem, quantity, arguments or {})
         sample = yield from ranking.sample()
         if problem.units == 1:
             for search in searches.values():
-                search.pick(sample[search.column], np.arange(n), work)
+                search.pick(sample[search.column], np.arange(n), problem.grain.unit, work)
         else:
             yield from ranking.narrow_all(list(searches.values()), [np.sort(keys) for keys in sample])
     return [
@@ -260,11 +262,11 @@ class _Ranking:
         answers = yield Look(self.quantity.fetching, self.arguments, spans, digest=_as_is)
         sizes: Tensor = torch.cat([part.transpose(0, 1).reshape(part.shape[1], -1) for part in answers], 1)
         if self.problem.units == 1:
-            return _keys(sizes[:, :n].numpy())
+            return keys_of(sizes[:, :n].numpy())
         step = max(1, sizes.shape[1] // (_SAMPLE_PIECES * _SAMPLE_PIECE))
-        return _keys(sizes[:, ::step].contiguous().numpy())
+        return keys_of(sizes[:, ::step].contiguous().numpy())
 
-    def narrow_all(self, searches: Sequence[_Search], sample: list[NDArray[np.int64]]) -> Looking[None]:
+    def narrow_all(self, searches: Sequence[Search], sample: list[NDArray[np.int64]]) -> Looking[None]:
         work = self.problem.work
         round_number = 0
         while open_searches := [search for search in searches if not search.settle(work)]:
@@ -272,24 +274,12 @@ class _Ranking:
             if not counting:
                 yield from self._collect(open_searches)
                 return
-            table = np.zeros((len(sample), PIVOTS), np.int64)
-            chosen: list[tuple[_Search, int, list[int]]] = []
-            for column in sorted({search.column for search in counting}):
-                here = [search for search in counting if search.column == column]
-                at = 0
-                for search in here:
-                    pivots = search.pivots(sample[column], round_number, max(2, PIVOTS // len(here)))
-                    chosen.append((search, at, pivots))
-                    table[column, at : at + len(pivots)] = pivots
-                    at += len(pivots)
-            pivots_of = {"pivots": torch.from_numpy(_floats(table, work))}
-            answer = yield Look(self.quantity.counting, {**self.arguments, **pivots_of})
-            counts = answer.numpy().astype(np.int64)
-            for search, at, pivots in chosen:
-                search.narrow(pivots, counts[:, search.column, at : at + len(pivots)])
+            table, chosen = choose_pivots(counting, sample, round_number, work)
+            answer = yield Look(self.quantity.counting, {**self.arguments, "pivots": table})
+            narrow(chosen, answer.numpy().astype(np.int64))
             round_number += 1
 
-    def _collect(self, searches: Sequence[_Search]) -> Looking[None]:
+    def _collect(self, searches: Sequence[Search]) -> Looking[None]:
         """Fetch what lies in the open intervals and pick the cuts."""
         n, unit, work = self.problem.elements, self.problem.grain.unit, self.problem.work
         fetched = [(search, units) for search in searches if (units := search.units_to_fetch()) is not None]
@@ -301,7 +291,7 @@ class _Ranking:
             found = []
             index = np.arange(sizes.shape[-1])[None, :] + starts.numpy()
             for column, low, high in bounds:
-                keys = _keys(sizes[:, column].numpy())
+                keys = keys_of(sizes[:, column].numpy())
                 inside = (keys >= low) & (keys < high) & (index < n)
                 found.append((keys[inside], index[inside]))
             return found
@@ -315,7 +305,33 @@ class _Ranking:
                 # Other searches may have asked for other units: only the one where the cut lies counts.
                 here = np.isin(index // unit, units)
                 keys, index = keys[here], index[here]
-            search.pick(keys, index, work)
+            search.pick(keys, index, unit, work)
+
+
+Chosen = list[tuple[Search, int, list[int]]]
+
+
+def choose_pivots(
+    searches: Sequence[Search], sample: Sequence[NDArray[np.int64]], round_number: int, work: torch.dtype
+) -> tuple[Tensor, Chosen]:
+    """The pivots (columns, PIVOTS) of a round, and which of them are whose: search, first, keys."""
+    table = np.zeros((len(sample), PIVOTS), np.int64)
+    chosen: Chosen = []
+    for column in sorted({search.column for search in searches}):
+        here = [search for search in searches if search.column == column][: PIVOTS // 2]
+        at = 0
+        for search in here:
+            pivots = search.pivots(sample[column], round_number, PIVOTS // len(here))
+            chosen.append((search, at, pivots))
+            table[column, at : at + len(pivots)] = pivots
+            at += len(pivots)
+    return torch.from_numpy(floats_of(table, work)), chosen
+
+
+def narrow(chosen: Chosen, counts: NDArray[np.int64]) -> None:
+    """Take in the counts (parts, columns, PIVOTS) of a round."""
+    for search, at, pivots in chosen:
+        search.narrow(pivots, counts[:, search.column, at : at + len(pivots)])
 
 
 def _as_is(sizes: Tensor, starts: Tensor) -> Tensor:
@@ -334,10 +350,16 @@ def _float(work: torch.dtype) -> type[np.floating[Any]]:
     return np.float64 if work is torch.float64 else np.float32
 
 
-def _keys(sizes: NDArray[Any]) -> NDArray[np.int64]:
+def keys_of(sizes: NDArray[Any]) -> NDArray[np.int64]:
     """Non-negative floats as integers in the same order: their bits."""
     return np.ascontiguousarray(sizes).view(np.int64 if sizes.dtype == np.float64 else np.int32).astype(np.int64)
 
 
-def _floats(keys: NDArray[np.int64], work: torch.dtype) -> NDArray[Any]:
+def float_of(key: int, work: torch.dtype) -> float:
+    """The number that has a key."""
+    return float(floats_of(np.array([key]), work)[0])
+
+
+def floats_of(keys: NDArray[np.int64], work: torch.dtype) -> NDArray[Any]:
+    """The numbers that have these keys."""
     return keys.astype(np.int64 if work is torch.float64 else np.int32).view(_float(work))

@@ -151,7 +151,10 @@ def stays(tensor: TensorPlan, schedule: Schedule) -> bool:
 
 def bytes_to_read(tensors: Iterable[TensorPlan], schedule: Schedule) -> int:
     """What merging `tensors` reads in all its passes."""
-    return sum(tensor.read_bytes * (1 if stays(tensor, schedule) else tensor.passes) for tensor in tensors)
+    return sum(
+        tensor.read_bytes * (tensor.survey_passes + (1 if stays(tensor, schedule) else tensor.passes))
+        for tensor in tensors
+    )
 
 
 def _kinds(plan: Plan) -> list[TensorPlan]:

@@ -47,6 +47,7 @@ class Draft:
     operands: tuple[Read | Draft, ...]
     has_base: bool
     stream: str
+    stage: str = ""
 
     @property
     def copied(self) -> Read | Draft | None:
@@ -131,10 +132,10 @@ class _Drafting:
         tensors: dict[str, Read | Draft] = {}
         for place in places:
             operands = self._operands(place)
-            prefix = "" if stage.name is None else f"{stage.name}/"
+            own = stage.name or ""
             tensors[place.name] = Draft(
                 self._output_dtype(operands), operands[0].shape, stage.method, settings[place.name], operands,
-                place.part.base is not None, prefix + place.name,
+                place.part.base is not None, f"{own}/{place.name}" if own else place.name, own,
             )  # fmt: skip
         left = [name for name, owner in owners.items() if owner is None]
         if left:

@@ -42,6 +42,7 @@ class Step:
     dtype: str
     work: str
     stream: str
+    stage: str
 
     def grain(self, shape: Sequence[int]) -> Grain:
         return grain_of(shape, by_rows=self.method.by_rows(self.settings))
@@ -86,6 +87,12 @@ class TensorPlan:
     def passes(self) -> int:
         """How often it is read when what is read does not stay in memory."""
         return 1 + sum(step.method.passes(step.settings, self._narrow(step)) - 1 for step in self.steps)
+
+    @property
+    def survey_passes(self) -> int:
+        """How often it is read before the first tensor is merged, together with others."""
+        surveyed = [step.method for step in self.steps if step.method.scope(step.settings) != "tensor"]
+        return sum(method.survey_passes for method in surveyed)
 
     @cached_property
     def quantum(self) -> int:
@@ -174,7 +181,7 @@ def work_of(draft: Read | Draft) -> tuple[tuple[Read, ...], tuple[Step, ...]]:
         if id(of) not in known:
             operands = tuple(operand(each) for each in of.operands)
             work = "F64" if "F64" in {of.dtype, *(each.dtype for each in of.operands)} else "F32"
-            steps.append(Step(of.method, of.settings, operands, of.has_base, of.dtype, work, of.stream))
+            steps.append(Step(of.method, of.settings, operands, of.has_base, of.dtype, work, of.stream, of.stage))
             known[id(of)] = -len(steps)
         return known[id(of)]
 

@@ -32,11 +32,13 @@ from streammerge.run.estimate import estimate_seconds
 from streammerge.run.gpu import CudaLane, choose_device
 from streammerge.run.journal import Journal
 from streammerge.run.lane import CpuLane, Lane
+from streammerge.run.looking import Looker
 from streammerge.run.manifest import manifest
 from streammerge.run.memory import Meter, memory_limit, processors, usage
 from streammerge.run.output import MANIFEST_NAME, check_apart, claim, finish, finished_digest, trust
 from streammerge.run.pipeline import ReadAhead, WriteBehind
 from streammerge.run.sidefiles import CARD_NAME, RECIPE_NAME, copied_files, side_files, too_large_files
+from streammerge.run.survey import SurveyBook, survey
 from streammerge.storage.checkpoint import open_checkpoint
 from streammerge.storage.local import sync_directory
 from streammerge.storage.sink import Shard, free_bytes, partial_path, write_file
@@ -169,7 +171,7 @@ def merge(recipe_path: Path, out: Path, options: Options, observer: Observer) ->
         compiled = time.perf_counter()
         meter = stack.enter_context(Meter())
         read, written, sync_seconds = _run(
-            plan, schedule, pending, out, journal, device, compiling.cache, options, observer, meter, stopping
+            plan, schedule, pending, out, work, journal, device, compiling.cache, options, observer, meter, stopping
         )
         _publish_rest(plan, out, journal)
         engine_seconds = time.perf_counter() - compiled
@@ -194,8 +196,8 @@ def merge(recipe_path: Path, out: Path, options: Options, observer: Observer) ->
     )
 
 
-def _run(plan: Plan, schedule: Schedule, pending: list[TensorPlan], out: Path, journal: Journal, device: torch.device,
-         cache: Cache | None, options: Options, observer: Observer, meter: Meter,
+def _run(plan: Plan, schedule: Schedule, pending: list[TensorPlan], out: Path, work: Path, journal: Journal,
+         device: torch.device, cache: Cache | None, options: Options, observer: Observer, meter: Meter,
          stopping: Callable[[], bool]) -> tuple[int, int, float]:  # fmt: skip
     """Merge the pending tensors. Returns bytes read and written, and seconds of syncing."""
     remaining = dict.fromkeys(range(len(plan.shards)), 0)
@@ -229,9 +231,7 @@ def _run(plan: Plan, schedule: Schedule, pending: list[TensorPlan], out: Path, j
                 source.check_unchanged()
 
         writer = WriteBehind(journal, open_shard, schedule.dirty_bytes, remaining, check_inputs)
-        engine = Engine(
-            plan, schedule, sources=sources, arena=arena, reader=reader, writer=writer, lane=lane, stopping=stopping
-        )
+        looker = Looker(schedule, sources=sources, arena=arena, reader=reader, lane=lane, stopping=stopping)
 
         def status() -> Status:
             return Status(reader.bytes_read, writer.bytes_written, meter.now_own)
@@ -239,7 +239,8 @@ def _run(plan: Plan, schedule: Schedule, pending: list[TensorPlan], out: Path, j
         to_read, to_write = bytes_to_read(pending, schedule), sum(tensor.nbytes for tensor in pending)
         with observer.running(status, to_read, to_write):
             try:
-                engine.run(pending)
+                found = survey(plan, pending, looker, reader, SurveyBook(work, plan.digest))
+                Engine(plan, schedule, looker=looker, reader=reader, writer=writer, found=found).run(pending)
             finally:
                 # Also when stopped or failed: what is finished goes to disk and into the journal.
                 writer.close()

@@ -190,7 +190,7 @@ class Family:
                 usual.shared, {**usual.models, "weight": mixture.weight, "density": density, "scale": scale}
             )
         draft = Draft(tensor.dtype, tensor.shape, self._plan.method, made[group, vector], self._reads(tensor),
-                      has_base=True, stream=tensor.name)  # fmt: skip
+                      has_base=True, stream=tensor.name, stage="")  # fmt: skip
         reads, steps = work_of(draft)
         return replace(tensor, reads=reads, steps=steps)
 

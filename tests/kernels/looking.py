@@ -57,10 +57,11 @@ class Memory:
             except StopIteration as stop:
                 found: T = stop.value
                 return found
-            answer = self._answer(look)
+            answer = self.answer(look)
             self.answers.append(answer)
 
-    def _answer(self, look: Look) -> Any:
+    def answer(self, look: Look) -> Any:
+        """The answer to one look."""
         run = self.runner(look.program, self.signature)
         parts: list[Any] = []
         for tiles, start in self._units(look.spans):

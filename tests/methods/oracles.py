@@ -144,6 +144,18 @@ def hi_merging(given: Given) -> Expected:
     return _elected(given, sparse) if given.shared["sign_consensus"] else _summed(given, sparse)
 
 
+def metagpt(given: Given) -> Expected:
+    """y = b + λ Σ λ_i Δ_i with λ_i = ‖Δ_i‖² / Σ ‖Δ_k‖²; deltas that are all zero have no coefficients."""
+    assert given.base is not None
+    deltas = [delta.astype(given.work).astype(np.float64) for delta in given.deltas()]
+    squares = [float(np.dot(delta, delta)) for delta in deltas]
+    everything = sum(squares)
+    merged = np.zeros_like(given.base)
+    for delta, square in zip(given.deltas(), squares, strict=True):
+        merged = merged + (square / everything if everything else 0.0) * delta
+    return decided(given.base + given.number("lambda") * merged)
+
+
 ORACLES: dict[str, Callable[[Given], Expected]] = {
     "linear": linear,
     "passthrough": passthrough,
@@ -153,6 +165,7 @@ ORACLES: dict[str, Callable[[Given], Expected]] = {
     "dare_linear": dare_linear,
     "dare_ties": dare_ties,
     "hi_merging": hi_merging,
+    "metagpt": metagpt,
 }
 
 # --- the parts of the task-vector family -----------------------------------------------------------------------------

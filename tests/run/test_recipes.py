@@ -30,8 +30,9 @@ SHAPES: dict[str, tuple[int, ...]] = {
 def models(tmp_path: Path) -> list[Path]:
     paths = make_models(tmp_path / "models", 3, shapes=SHAPES)
     for number, path in enumerate(paths):
-        config = {"num_hidden_layers": LAYERS, "layer_types": [f"{number}{i}" for i in range(LAYERS)],
-                  "ids": [1, 2, 3, 4], "text_config": {"num_hidden_layers": LAYERS, "layer_types": list("abcd")}}  # fmt: skip
+        text = {"num_hidden_layers": LAYERS, "layer_types": list("abcd")}
+        types = [f"{number}{i}" for i in range(LAYERS)]
+        config = {"num_hidden_layers": LAYERS, "layer_types": types, "ids": [1, 2, 3, 4], "text_config": text}
         (path / "config.json").write_text(json.dumps(config))
     return paths
 
