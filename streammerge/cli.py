@@ -270,6 +270,16 @@ def methods(
 
 
 @app.command()
+def schema() -> None:
+    """Print the recipe language as JSON Schema, for editors to check and complete recipes with."""
+    import json
+
+    from streammerge.plan.schema import recipe_schema
+
+    typer.echo(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
+
+
+@app.command()
 def clean(
     out: OutPath,
     remove: Annotated[bool, typer.Option("--remove", help="Remove them; without it they are only listed.")] = False,

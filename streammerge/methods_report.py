@@ -34,7 +34,7 @@ def method_text(method: Method) -> str:
 
 def parameter_table(method: Method) -> list[tuple[str, ...]]:
     """The parameters: name, kind, default, where it goes, meaning; the first row names the columns."""
-    rows = [(_name(param), _kind(param), _default(param), _where(param), param.meaning) for param in method.params]
+    rows = [(param.name, _kind(param), _default(param), _where(param), param.meaning) for param in method.params]
     return [("parameter", "type", "default", "given", "meaning"), *rows]
 
 
@@ -60,8 +60,8 @@ def methods_page() -> str:
     lines = [
         "# The merge methods",
         "",
-        "Written by `streammerge methods --markdown` from the methods themselves; a test keeps it current. Of one method:",
-        "`streammerge methods ties`. `passes` is how often the inputs are read when they do not stay in memory.",
+        "Written by `streammerge methods --markdown` from the methods; a test keeps it current. One of them:",
+        "`streammerge methods ties`. `passes` is how often inputs that do not stay in memory are read.",
         "",
         "| method | what it does |",
         "|---|---|",
@@ -87,10 +87,6 @@ def _as_markdown(text: str) -> str:
 def _first_sentence(method: Method) -> str:
     text = " ".join(method_text(method).split("\n\n")[0].split())
     return text if ". " not in text else text[: text.index(". ") + 1]
-
-
-def _name(param: Param) -> str:
-    return param.name
 
 
 def _kind(param: Param) -> str:
