@@ -125,10 +125,14 @@ class _Drafting:
             places += made
             if len(layers) > len(origins):
                 origins = layers
+        mismatch = self._check(places, problems)
+        settings = self._settings(places, problems)
+        if mismatch is not None:
+            if not problems:
+                raise ShapeMismatch(mismatch)
+            problems.append(mismatch)
         if problems:
             raise self._error(problems)
-        self._check(places)
-        settings = self._settings(places)
         tensors: dict[str, Read | Draft] = {}
         for place in places:
             operands = self._operands(place)
@@ -284,8 +288,9 @@ class _Drafting:
 
     # --- shapes and dtypes -------------------------------------------------------------------------------------------
 
-    def _check(self, places: Sequence[_Place]) -> None:
-        problems, wrong = [], []
+    def _check(self, places: Sequence[_Place], problems: list[str]) -> str | None:
+        """Add what is wrong with dtypes to `problems`; say what is wrong with shapes."""
+        wrong = []
         for place in places:
             operands = self._operands(place)
             dtypes = [operand.dtype for operand in operands]
@@ -298,10 +303,7 @@ class _Drafting:
                                 f"only when every input has the same")  # fmt: skip
             if len({operand.shape for operand in operands}) > 1:
                 wrong.append((place, [operand.shape for operand in operands]))
-        if wrong:
-            raise ShapeMismatch(self._mismatch(wrong))
-        if problems:
-            raise self._error(problems)
+        return self._mismatch(wrong) if wrong else None
 
     def _mismatch(self, wrong: Sequence[tuple[_Place, list[tuple[int, ...]]]]) -> str:
         place, shapes = wrong[0]
@@ -331,8 +333,8 @@ class _Drafting:
 
     # --- parameters --------------------------------------------------------------------------------------------------
 
-    def _settings(self, places: Sequence[_Place]) -> dict[str, Settings]:
-        """The parameters of every tensor. Raises RecipeError."""
+    def _settings(self, places: Sequence[_Place], all_problems: list[str]) -> dict[str, Settings]:
+        """The parameters of every tensor; what is wrong with them is added to `all_problems`."""
         method = self._stage.method
         problems: dict[str, None] = {}
         made: dict[tuple[object, ...], Settings] = {}
@@ -362,9 +364,9 @@ class _Drafting:
                 if not problems:
                     problems |= dict.fromkeys(method.check(resolved))
             settings[place.name] = made[same]
-        if problems:
-            raise self._error(list(problems))
-        self.warnings += self._unmatched_filters(places)
+        all_problems += problems
+        if places:
+            self.warnings += self._unmatched_filters(places)
         return settings
 
     def _finder(self, module: Module, part: Slice, param: Param) -> Finder:

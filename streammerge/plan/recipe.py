@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
-from streammerge.base.dtypes import RECIPE_DTYPES
+from streammerge.base.dtypes import DTYPES, RECIPE_DTYPES
 from streammerge.base.errors import InputError, RecipeError
 from streammerge.kernels.contract import Method
 from streammerge.methods import METHODS
@@ -453,6 +453,11 @@ class _Checks:
             self._path(document.base_model, ("base_model",))
         if document.tokenizer_source not in (None, "base"):
             self._problem(("tokenizer_source",), "only `base` works yet; other tokenizers are still to come")
+        stored = document.out_dtype or document.dtype
+        if stored is not None and DTYPES[stored].bits == 8:
+            place = ("out_dtype" if document.out_dtype else "dtype",)
+            self._warn(place, "numbers are rounded to 8 bits as they are, without scales; small weights lose most of "
+                              "their precision")  # fmt: skip
         method = METHODS.get(document.merge_method)
         if method is None:
             self._problem(("merge_method",), f"{document.merge_method!r} is no method here.{self._nearest_method()}")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from streammerge.base.dtypes import DTYPES
 from streammerge.base.units import format_size
 from streammerge.kernels.compiled import (
     BYTES_TO_COMPILE,
@@ -92,7 +93,8 @@ def programs_of(tensors: Sequence[TensorPlan]) -> dict[tuple[Program, Signature]
                 continue
             method, look = step.method, signature_of(tensor, step)
             used = [(program, look) for program in method.looks(step.settings)]
-            used.append((method.program(step.settings), look._replace(out=torch_dtype(step.dtype))))
+            if DTYPES[step.dtype].bits > 8:
+                used.append((method.program(step.settings), look._replace(out=torch_dtype(step.dtype))))
             for pair in used:
                 counts[pair] = counts.get(pair, 0) + tensor.elements * look.models
     return counts

@@ -89,7 +89,9 @@ def scan(area: Area, dtype: str, elements: int) -> Merged:
 
 def count_nonfinite(tensor: Tensor, elements: int) -> Tensor:
     """How many of the first `elements` elements are NaN or infinite, as a tensor."""
-    return torch.isfinite(tensor.view(-1)[:elements]).logical_not_().sum()
+    values = tensor.view(-1)[:elements]
+    # torch cannot tell of 8-bit floats.
+    return torch.isfinite(values if values.element_size() > 1 else values.to(torch.float32)).logical_not_().sum()
 
 
 class CpuLane:

@@ -10,14 +10,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
 import torch
 
-from streammerge.base.errors import DoesNotFit, RecipeError, Stopped
+from streammerge.base.errors import DoesNotFit, InputError, RecipeError, Stopped
 from streammerge.base.units import format_size
 from streammerge.kernels.compiled import Cache, Run, Signature
 from streammerge.kernels.contract import Program
@@ -37,7 +37,14 @@ from streammerge.run.manifest import manifest
 from streammerge.run.memory import Meter, memory_limit, processors, usage
 from streammerge.run.output import MANIFEST_NAME, check_apart, claim, finish, finished_digest, trust
 from streammerge.run.pipeline import ReadAhead, WriteBehind
-from streammerge.run.sidefiles import CARD_NAME, RECIPE_NAME, copied_files, side_files, too_large_files
+from streammerge.run.sidefiles import (
+    CARD_NAME,
+    RECIPE_NAME,
+    architecture,
+    copied_files,
+    side_files,
+    too_large_files,
+)
 from streammerge.run.survey import SurveyBook, survey
 from streammerge.storage.checkpoint import open_checkpoint
 from streammerge.storage.local import sync_directory
@@ -114,13 +121,33 @@ def make_plan(recipe_path: Path, options: Options) -> Plan:
 def plan_recipe(recipe: Recipe, options: Options) -> Plan:
     """Find and open the models of a recipe, and plan."""
     recipe_path = recipe.path
-    paths = [resolve_model(model, recipe_path) for model in recipe.inputs]
+    paths = _resolve_all(recipe)
     for i, path in enumerate(paths):
         if (first := next(j for j, other in enumerate(paths) if other.samefile(path))) < i:
             same = f"{recipe.inputs[first]} and {recipe.inputs[i]} are the same model; list it once"
             raise RecipeError(str(recipe_path), [same])
     checkpoints = [open_checkpoint(path) for path in paths]
-    return build_plan(recipe, checkpoints, seed=options.seed, shard_bytes=options.shard_bytes, strict=options.strict)
+    made = build_plan(recipe, checkpoints, seed=options.seed, shard_bytes=options.shard_bytes, strict=options.strict)
+    kinds = {
+        model: kind for model, each in zip(recipe.inputs, checkpoints, strict=True) if (kind := architecture(each))
+    }
+    if len(set(kinds.values())) > 1:
+        listed = ", ".join(f"{model} is {kind}" for model, kind in kinds.items())
+        made = replace(made, warnings=(*made.warnings, f"{listed}: merged because names and shapes agree"))
+    return made
+
+
+def _resolve_all(recipe: Recipe) -> list[Path]:
+    """Where the models are. Raises InputError, with all that are not there."""
+    paths, missing = [], []
+    for model in recipe.inputs:
+        try:
+            paths.append(resolve_model(model, recipe.path))
+        except InputError as error:
+            missing.append(str(error))
+    if missing:
+        raise InputError("\n".join(missing))
+    return paths
 
 
 def schedule_for(plan: Plan, options: Options) -> Schedule:

@@ -14,10 +14,11 @@ from typing import Any
 
 import yaml
 
-from streammerge.base.dtypes import DTYPES, RECIPE_DTYPES
+from streammerge.base.dtypes import RECIPE_DTYPES
 from streammerge.base.errors import InputError
 from streammerge.plan.names import stacks
 from streammerge.plan.plan import Plan
+from streammerge.storage.checkpoint import Checkpoint
 
 RECIPE_NAME = "mergekit_config.yml"
 CARD_NAME = "README.md"
@@ -93,6 +94,16 @@ def _read_config(file: Path, content: bytes) -> dict[str, Any]:
     return config
 
 
+def architecture(checkpoint: Checkpoint) -> str | None:
+    """What the config.json beside a checkpoint says it is, if there is one that says so."""
+    file = checkpoint.directory / "config.json"
+    try:
+        found = json.loads(file.read_bytes()).get("architectures")
+        return str(found[0])
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError, LookupError):
+        return None
+
+
 def _set_layers(plan: Plan, config: dict[str, Any]) -> bool:
     """Where layers were put together anew: their number, and every list that has an entry for each layer."""
     donor = max(stacks(plan.checkpoints[0].tensors).values(), default=0)
@@ -138,7 +149,7 @@ def _at(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
 def _set_dtype(plan: Plan, config: dict[str, Any]) -> bool:
     sizes: dict[str, int] = {}
     for tensor in plan.tensors:
-        if DTYPES[tensor.dtype].kind == "float":
+        if tensor.dtype in RECIPE_DTYPES.values():
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
     if not sizes:
         return False

@@ -98,17 +98,18 @@ def test_a_byte_order_mark_is_no_trouble(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "meant"), [("bfloat16", "BF16"), ("float16", "F16"), ("float32", "F32"), ("float64", "F64")]
+    ("written", "meant"),
+    [("bfloat16", "BF16"), ("float16", "F16"), ("float32", "F32"), ("float64", "F64"), ("float8_e4m3fn", "F8_E4M3")],
 )
 def test_dtypes_have_mergekits_names(written: str, meant: str) -> None:
     assert parse(LINEAR + f"dtype: {written}\n").last.dtype == meant
     assert parse(LINEAR + f"out_dtype: torch.{written}\n").last.out_dtype == meant
 
 
-@pytest.mark.parametrize("written", ["bf16", "auto", "int64", "float8_e4m3fn", "BFLOAT16", "torch.bf16"])
+@pytest.mark.parametrize("written", ["bf16", "auto", "int64", "float8", "BFLOAT16", "torch.bf16"])
 def test_an_unknown_dtype_is_refused_with_the_known_ones(written: str) -> None:
     assert problems(LINEAR + f"dtype: {written}\n") == [
-        f"line 5: dtype: {written!r} is none of bfloat16, float16, float32, float64"
+        f"line 5: dtype: {written!r} is none of bfloat16, float16, float32, float64, float8_e4m3fn, float8_e5m2"
     ]
 
 
@@ -174,7 +175,7 @@ chat_template: auto
 def test_mistakes_of_form_are_named_at_once_with_their_lines() -> None:
     found = problems("merge_method: linear\ndtype: bf16\nmodels:\n  - model: 5\n  - parameters: [1]\nbase_model: [x]\n")
     assert sorted(found) == [
-        "line 2: dtype: 'bf16' is none of bfloat16, float16, float32, float64",
+        "line 2: dtype: 'bf16' is none of bfloat16, float16, float32, float64, float8_e4m3fn, float8_e5m2",
         "line 4: models[0].model: expected text, found 5",
         "line 5: models[1].model: is missing",
         "line 5: models[1].parameters: expected a map from parameter names to values",

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import streammerge
-from streammerge.base.errors import RecipeError
+from streammerge.base.errors import InputError, RecipeError
 from tests.models import make_models, make_tensors, save_model
 
 LAYERS = 4
@@ -352,3 +352,47 @@ def test_a_stack_with_holes_in_it_is_still_copied_whole(tmp_path: Path) -> None:
     path = save_model(tmp_path / "m", make_tensors(0, shapes={"layers.0.w": (4,), "layers.7.w": (4,)}))
     merged = merge(tmp_path, {"merge_method": "passthrough", "models": [{"model": str(path)}]})
     assert set(merged) == {"layers.0.w", "layers.7.w"}
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_eight_bits_are_one_rounding_with_a_warning(tmp_path: Path, models: list[Path], dtype: str) -> None:
+    notes: list[str] = []
+    recipe = {"merge_method": "linear", "models": [{"model": str(path)} for path in models[:2]],
+              "parameters": {"weight": 1.0}, "out_dtype": dtype}  # fmt: skip
+    merged = merge(tmp_path, recipe, note=notes.append)
+    a, b = (load_file(path / "model.safetensors") for path in models[:2])
+    for name, tensor in merged.items():
+        expected = ((a[name].float() + b[name].float()) / 2).to(getattr(torch, dtype))
+        assert torch.equal(tensor.view(torch.uint8), expected.view(torch.uint8))
+    assert any("rounded to 8 bits as they are, without scales" in note for note in notes)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
+
+
+def test_models_of_other_architectures_are_merged_with_a_warning(tmp_path: Path, models: list[Path]) -> None:
+    for path, name in zip(models, ("LlamaForCausalLM", "MistralForCausalLM"), strict=False):
+        (path / "config.json").write_text(json.dumps({"architectures": [name]}))
+    notes: list[str] = []
+    recipe = {"merge_method": "linear", "models": [{"model": str(path)} for path in models[:2]],
+              "parameters": {"weight": 1.0}}  # fmt: skip
+    merge(tmp_path, recipe, note=notes.append)
+    assert any("is LlamaForCausalLM" in note and "is MistralForCausalLM: merged because" in note for note in notes)
+
+
+def test_everything_that_is_wrong_with_the_tensors_is_said_at_once(tmp_path: Path, models: list[Path]) -> None:
+    base = load_file(models[0] / "model.safetensors")
+    other = {**base, "ids": torch.arange(4, dtype=torch.int32)}
+    save_model(models[0], {**base, "ids": torch.arange(4)})
+    save_model(models[1], {**other, "model.norm.weight": torch.zeros(9)})
+    recipe = {"merge_method": "linear", "models": [{"model": str(path)} for path in models[:2]],
+              "parameters": {"normalize": "perhaps"}}  # fmt: skip
+    found = " ".join(problems(tmp_path, recipe))
+    for part in ("integers are copied", "linear needs weight of", "expected true or false, found 'perhaps'",
+                 "model.norm.weight differs between inputs"):  # fmt: skip
+        assert part in found
+
+
+def test_all_models_that_are_not_there_are_named_at_once(tmp_path: Path) -> None:
+    recipe = {"merge_method": "linear", "models": [{"model": "x"}, {"model": "y"}], "parameters": {"weight": 1}}
+    with pytest.raises(InputError, match=r"(?s)model 'x' is not there.*model 'y' is not there") as caught:
+        merge(tmp_path, recipe)
+    assert caught.value.exit_code == 4
