@@ -1,0 +1,177 @@
+"""What goes wrong in mergekit 0.1.5 and must not go wrong here: its defects that concern recipes and methods.
+
+Numbers are those of the list this project was built from. Tested elsewhere, by name:
+
+    2   config of a frankenmerge          tests/run/test_recipes.py: a frankenmerge stacks layers and its config says so
+    4   found late                        tests/plan/test_recipe.py, test_plan.py: all before a tensor byte is read
+    6   layer_range [0, -1]               test_recipes.py: impossible layer ranges are refused
+    8   sources of the last slice         test_recipes.py: slices of several sources …
+    20  strings replaced everywhere       test_recipes.py: only models are replaced by stages
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import streammerge
+from streammerge.base.errors import OutputError, RecipeError
+from streammerge.methods import METHODS
+from tests.models import make_models, save_model
+
+
+def merge(tmp_path: Path, recipe: dict[str, Any], name: str = "out", **options: Any) -> dict[str, Tensor]:
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    streammerge.merge(path, tmp_path / name, **{"compile": "off", "threads": 1, **options})
+    return load_file(tmp_path / name / "model.safetensors")
+
+
+def task_vectors(method: str, models: list[Path], **parameters: Any) -> dict[str, Any]:
+    base, *others = map(str, models)
+    return {"merge_method": method, "base_model": base, "models": [{"model": other} for other in others],
+            "parameters": {"weight": 0.5, **parameters}}  # fmt: skip
+
+
+def test_1_quantised_weights_are_refused_and_not_merged_as_numbers(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save_model(tmp_path / name, {"w": torch.zeros(8, 8).to(torch.float8_e4m3fn)})
+    recipe = {"merge_method": "linear", "parameters": {"weight": 1},
+              "models": [{"model": str(tmp_path / name)} for name in ("a", "b")]}  # fmt: skip
+    with pytest.raises(RecipeError, match="quantised weights cannot be merged yet"):
+        merge(tmp_path, recipe)
+    assert not (tmp_path / "out").exists()
+
+
+def test_5_the_donor_of_config_and_tokenizer_does_not_hang_on_a_hash(tmp_path: Path) -> None:
+    models = make_models(tmp_path / "models", 2, shapes={"w": (4, 4)})
+    for number, model in enumerate(models):
+        (model / "tokenizer.json").write_text(json.dumps({"of": number}))
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(yaml.safe_dump({"merge_method": "linear", "parameters": {"weight": 1},
+                                      "models": [{"model": str(model)} for model in models[1:]]}))  # fmt: skip
+    for seed in range(4):
+        out = tmp_path / str(seed)
+        program = f"import streammerge; streammerge.merge({str(recipe)!r}, {str(out)!r}, compile='off')"
+        environment = os.environ | {"PYTHONHASHSEED": str(seed)}
+        subprocess.run([sys.executable, "-c", program], env=environment, check=True, capture_output=True)
+        assert json.loads((out / "tokenizer.json").read_text()) == {"of": 1}
+
+
+def test_7_a_gradient_at_lm_head_is_its_first_value_as_there(tmp_path: Path) -> None:
+    shapes = {"model.layers.0.w": (4, 4), "model.layers.1.w": (4, 4), "lm_head.weight": (4, 4)}
+    models = make_models(tmp_path / "models", 1, shapes=shapes)
+    merged = merge(tmp_path, task_vectors("task_arithmetic", models, weight=[1.0, 0.0]))
+    base, one = (load_file(path / "model.safetensors") for path in models)
+    assert torch.equal(merged["lm_head.weight"], one["lm_head.weight"])
+    assert torch.equal(merged["model.layers.1.w"], base["model.layers.1.w"])
+
+
+def test_10_a_tensor_that_one_model_lacks_is_named_and_never_dropped(tmp_path: Path) -> None:
+    models = make_models(tmp_path / "models", 1, shapes={"w": (4, 4)})
+    tensors = load_file(models[1] / "model.safetensors")
+    save_model(models[1], {**tensors, "q_proj.bias": torch.zeros(4)})
+    with pytest.raises(RecipeError, match=r"tensor 'q_proj.bias' is in .*m0 and not in .*base"):
+        merge(tmp_path, task_vectors("task_arithmetic", models))
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.base == "required"])
+def test_11_every_method_writes_the_dtype_that_was_asked_for(tmp_path: Path, name: str) -> None:
+    method = METHODS[name]
+    count = max(method.min_models, 1)
+    models = make_models(tmp_path / "models", count, shapes={"w": (16, 16)})
+    values = {param.name: 0.4 for param in method.params if param.default is None and not param.optional}
+    recipe = task_vectors(name, models, **values, **({"density": 0.5} if name != "passthrough" else {}))
+    merged = merge(tmp_path, {**recipe, "dtype": "bfloat16"})
+    assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
+
+
+def test_12_another_merge_into_a_finished_output_is_refused_and_leaves_it_whole(tmp_path: Path) -> None:
+    models = make_models(tmp_path / "models", 1, shapes={"a": (300, 300), "b": (300, 300)})
+    recipe = task_vectors("task_arithmetic", models)
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    streammerge.merge(path, tmp_path / "out", compile="off", out_shard_size="200KB")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert len([name for name in before if name.endswith(".safetensors")]) == 2
+    path.write_text(yaml.safe_dump({**recipe, "parameters": {"weight": 0.25}}))
+    with pytest.raises(OutputError):
+        streammerge.merge(path, tmp_path / "out", compile="off")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize("method", ["dare_ties", "ties"])
+def test_15_rescaling_in_float16_does_not_overflow(tmp_path: Path, method: str) -> None:
+    # Σ|Δ| is far beyond 65,504, the largest float16.
+    base = {"w": torch.zeros(1000, 1000, dtype=torch.float16)}
+    model = {"w": torch.full((1000, 1000), 0.5, dtype=torch.float16)}
+    models = [save_model(tmp_path / "base", base), save_model(tmp_path / "one", model)]
+    merged = merge(tmp_path, task_vectors(method, models, weight=1.0, density=0.5, rescale=True))
+    assert torch.isfinite(merged["w"]).all()
+    assert abs(float(merged["w"].double().abs().sum()) / 500_000 - 1) < 1e-3
+
+
+def test_17_planning_is_linear_in_the_number_of_tensors(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    looked_up: list[int] = []
+    for count in (1000, 4000):
+        tensors = {f"model.layers.{i // 100}.mlp.experts.{i % 100}.w1.weight": torch.zeros(1) for i in range(count)}
+        models = [save_model(tmp_path / f"{name}{count}", tensors) for name in ("a", "b")]
+        recipe.write_text(yaml.safe_dump({"merge_method": "linear", "models": [{"model": str(m)} for m in models],
+                                          "parameters": {"weight": [0.5, 1.0]}}))  # fmt: skip
+        calls = 0
+
+        def count_calls(frame: object, event: str, argument: object) -> None:
+            nonlocal calls
+            calls += event == "call"
+
+        sys.setprofile(count_calls)
+        try:
+            streammerge.make_plan(recipe)
+        finally:
+            sys.setprofile(None)
+        looked_up.append(calls)
+    assert looked_up[1] < 5 * looked_up[0]
+
+
+def test_22_a_filter_that_matches_nothing_is_a_warning_with_the_nearest_name(tmp_path: Path) -> None:
+    models = make_models(tmp_path / "models", 1, shapes={"model.layers.0.self_attn.w": (4, 4)})
+    recipe = task_vectors("task_arithmetic", models, weight=[{"filter": "self_atn", "value": 1.0}, {"value": 0.5}])
+    notes: list[str] = []
+    merge(tmp_path, recipe, note=notes.append)
+    assert any("the filter 'self_atn' matches no tensor. Did you mean self_attn?" in note for note in notes)
+    with pytest.raises(RecipeError, match="self_atn"):
+        merge(tmp_path, recipe, "strict", strict=True)
+
+
+def test_25_the_config_says_what_most_of_the_file_is(tmp_path: Path) -> None:
+    base, one = make_models(tmp_path / "models", 1, shapes={"w": (64, 64)})
+    wide = {name: tensor.float() for name, tensor in load_file(one / "model.safetensors").items()}
+    save_file(wide, one / "model.safetensors", metadata={"format": "pt"})
+    merged = merge(tmp_path, task_vectors("task_arithmetic", [base, one]))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert merged["w"].dtype == torch.float32
+    assert config["torch_dtype"] == "float32"
+
+
+def test_a_weight_sum_near_zero_is_reported_and_stops_nothing(tmp_path: Path) -> None:
+    models = make_models(tmp_path / "models", 2, shapes={"w": (64, 64)})
+    weighted = zip(models[1:], (1.0, -1.0), strict=True)
+    sources = [{"model": str(model), "parameters": {"weight": weight}} for model, weight in weighted]
+    recipe = {"merge_method": "linear", "models": sources}
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    report = streammerge.merge(path, tmp_path / "out", compile="off")
+    assert report.nonfinite == {"w": (0, 64 * 64)}
+    assert not np.isfinite(load_file(tmp_path / "out" / "model.safetensors")["w"].float().numpy()).any()
