@@ -32,7 +32,8 @@ class Step:
     """One merge: a method over some operands, base first if `has_base`.
 
     An operand below the number of a tensor's reads is one of them, the next ones are the results of earlier steps.
-    `work` is the dtype of the arithmetic, F32 or F64; `stream` names the random bits.
+    `work` is the dtype of the arithmetic, F32 or F64; `stream` names the random bits. `found` is what a survey of many
+    tensors found for this one, once there was one.
     """
 
     method: Method
@@ -43,6 +44,7 @@ class Step:
     work: str
     stream: str
     stage: str
+    found: Any = None
 
     def grain(self, shape: Sequence[int]) -> Grain:
         return grain_of(shape, by_rows=self.method.by_rows(self.settings))

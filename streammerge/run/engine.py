@@ -16,22 +16,21 @@ from collections.abc import Iterator, Sequence
 
 from streammerge.base.errors import UserError
 from streammerge.plan.budget import Schedule
-from streammerge.plan.plan import Plan, TensorPlan
+from streammerge.plan.plan import TensorPlan
 from streammerge.run.arena import Area
 from streammerge.run.journal import Done
 from streammerge.run.lane import Merged, scan
 from streammerge.run.looking import Looker, Work
 from streammerge.run.pipeline import ReadAhead, Tile, WriteBehind
-from streammerge.run.survey import Found
 
 
 class Engine:
     """One walk over a plan. Owns nothing; everything it works with is given to it."""
 
-    def __init__(self, plan: Plan, schedule: Schedule, *, looker: Looker, reader: ReadAhead, writer: WriteBehind,
-                 found: Found) -> None:  # fmt: skip
-        """`found` is what surveys of many tensors said, by tensor and step."""
-        self._plan, self._schedule, self._found = plan, schedule, found
+    def __init__(
+        self, seed: int, schedule: Schedule, *, looker: Looker, reader: ReadAhead, writer: WriteBehind
+    ) -> None:
+        self._seed, self._schedule = seed, schedule
         self._looker, self._reader, self._writer = looker, reader, writer
         # Tensors whose first tiles are asked for and not yet in work, with those tiles.
         self._ahead: deque[tuple[TensorPlan, list[Tile]]] = deque()
@@ -81,7 +80,7 @@ class Engine:
         resident = looker.stays_in_memory(tensor)
         if resident:
             self._read_ahead()
-        work = Work(tensor, self._plan.seed, self._found.get(tensor.name, {}))
+        work = Work(tensor, self._seed)
         tiles = looker.measure(work, tiles, resident=resident)
         self._read_ahead()
         last = len(tensor.steps) - 1

@@ -6,7 +6,7 @@ A tensor that stays has its tiles in their slots from the first look to the last
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -31,13 +31,10 @@ T = TypeVar("T")
 
 
 class Work:
-    """A tensor in work: what every step is run with, and the arguments of those that are measured.
+    """A tensor in work: what every step is run with, and the arguments of those that are measured."""
 
-    `found` is what surveys said of the steps, by their numbers.
-    """
-
-    def __init__(self, tensor: TensorPlan, seed: int, found: Mapping[int, Any]) -> None:
-        self.tensor, self._found = tensor, found
+    def __init__(self, tensor: TensorPlan, seed: int) -> None:
+        self.tensor = tensor
         self.signatures = [signature_of(tensor, step) for step in tensor.steps]
         self.grains = [step.grain(tensor.shape) for step in tensor.steps]
         self.arguments: list[Arguments] = []
@@ -51,7 +48,7 @@ class Work:
         step, signature = self.tensor.steps[number], self.signatures[number]
         return Problem(
             self.tensor.elements, signature.models, step.settings, signature.work, self.grains[number], step.has_base,
-            self._found.get(number),
+            step.found,
         )  # fmt: skip
 
     def stretch(self, number: int, program: Program, areas: Sequence[Area], start: int, elements: int,

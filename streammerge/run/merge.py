@@ -36,7 +36,7 @@ from streammerge.run.looking import Looker
 from streammerge.run.manifest import manifest
 from streammerge.run.memory import Meter, memory_limit, processors, usage
 from streammerge.run.output import MANIFEST_NAME, check_apart, claim, finish, finished_digest, trust
-from streammerge.run.pipeline import ReadAhead, WriteBehind
+from streammerge.run.pipeline import READ_THREADS, ReadAhead, WriteBehind
 from streammerge.run.sidefiles import (
     CARD_NAME,
     RECIPE_NAME,
@@ -50,8 +50,6 @@ from streammerge.storage.checkpoint import open_checkpoint
 from streammerge.storage.local import sync_directory
 from streammerge.storage.sink import Shard, free_bytes, partial_path, write_file
 from streammerge.storage.source import Source
-
-_READ_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -250,7 +248,7 @@ def _run(plan: Plan, schedule: Schedule, pending: list[TensorPlan], out: Path, w
             sources.append(source)
         lane = _lane(device, arena, schedule, cache, options)
         stack.callback(lane.close)
-        reader = ReadAhead(sources, arena, _READ_THREADS)
+        reader = ReadAhead(sources, arena, READ_THREADS)
         stack.callback(reader.close)
 
         def check_inputs() -> None:
@@ -266,8 +264,8 @@ def _run(plan: Plan, schedule: Schedule, pending: list[TensorPlan], out: Path, w
         to_read, to_write = bytes_to_read(pending, schedule), sum(tensor.nbytes for tensor in pending)
         with observer.running(status, to_read, to_write):
             try:
-                found = survey(plan, pending, looker, reader, SurveyBook(work, plan.digest))
-                Engine(plan, schedule, looker=looker, reader=reader, writer=writer, found=found).run(pending)
+                tensors = survey(plan, pending, looker, reader, SurveyBook(work, plan.digest))
+                Engine(plan.seed, schedule, looker=looker, reader=reader, writer=writer).run(tensors)
             finally:
                 # Also when stopped or failed: what is finished goes to disk and into the journal.
                 writer.close()

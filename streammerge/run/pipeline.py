@@ -23,6 +23,7 @@ from streammerge.run.journal import Done, Journal
 from streammerge.storage.sink import Shard
 from streammerge.storage.source import Source
 
+READ_THREADS = 2
 _SYNC_SECONDS = 2.0
 
 

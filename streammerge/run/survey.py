@@ -10,21 +10,24 @@ What is found depends on nothing but the inputs and the recipe, as everything el
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from streammerge.plan.budget import Schedule
 from streammerge.plan.names import layer_of
-from streammerge.plan.plan import Plan, Step, TensorPlan
+from streammerge.plan.plan import Plan, TensorPlan
+from streammerge.run.arena import Arena
+from streammerge.run.lane import CpuLane, Finder
 from streammerge.run.looking import Looker, Work
-from streammerge.run.pipeline import ReadAhead
+from streammerge.run.pipeline import READ_THREADS, ReadAhead, Tile
 from streammerge.storage.sink import write_file
-
-# What surveys found: by tensor, by the number of the step.
-Found = Mapping[str, Mapping[int, Any]]
+from streammerge.storage.source import Source
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,6 @@ class Group:
 
     key: str
     members: tuple[tuple[TensorPlan, int], ...]
-
-    @property
-    def step(self) -> Step:
-        tensor, number = self.members[0]
-        return tensor.steps[number]
 
 
 def groups_of(tensors: Sequence[TensorPlan]) -> list[Group]:
@@ -79,38 +77,64 @@ class SurveyBook:
         return None if self._folder is None else self._folder / f"survey-{name}.json"
 
 
-def survey(plan: Plan, pending: Sequence[TensorPlan], looker: Looker, reader: ReadAhead, book: SurveyBook) -> Found:
-    """What surveys find for the `pending` tensors of a plan."""
+def survey(plan: Plan, pending: Sequence[TensorPlan], looker: Looker, reader: ReadAhead,
+           book: SurveyBook) -> list[TensorPlan]:  # fmt: skip
+    """The `pending` tensors of a plan with what surveys found for their steps."""
+    tensors = {tensor.name: tensor for tensor in plan.tensors}
     waiting = {tensor.name for tensor in pending}
-    found: dict[str, dict[int, Any]] = {}
-    users_of: dict[str, list[tuple[TensorPlan, int]]] = {}
+    users_of: dict[str, list[tuple[str, int]]] = {}
     for tensor in plan.tensors:
         for number, step in enumerate(tensor.steps):
-            users_of.setdefault(step.stream, []).append((tensor, number))
+            users_of.setdefault(step.stream, []).append((tensor.name, number))
     for group in groups_of(plan.tensors):
-        users = [user for tensor, number in group.members for user in users_of[tensor.steps[number].stream]]
-        if not any(tensor.name in waiting for tensor, _ in users):
+        streams = [tensor.steps[number].stream for tensor, number in group.members]
+        if waiting.isdisjoint(name for stream in streams for name, _ in users_of[stream]):
             continue
         results = book.get(group.key)
         if results is None:
-            results = _survey_group(plan, group, looker, reader, found)
+            members = [(tensors[tensor.name], number) for tensor, number in group.members]
+            results = _survey_group(plan.seed, members, looker, reader)
             book.put(group.key, results)
-        by_stream = {t.steps[n].stream: result for (t, n), result in zip(group.members, results, strict=True)}
-        for tensor, number in users:
-            found.setdefault(tensor.name, {})[number] = by_stream[tensor.steps[number].stream]
-    return found
+        for stream, result in zip(streams, results, strict=True):
+            for name, number in users_of[stream]:
+                tensors[name] = _with_found(tensors[name], number, result)
+    return [tensors[tensor.name] for tensor in pending]
 
 
-def _survey_group(plan: Plan, group: Group, looker: Looker, reader: ReadAhead, found: Found) -> list[Any]:
-    works = [Work(tensor, plan.seed, found.get(tensor.name, {})) for tensor, _ in group.members]
-    numbers = [number for _, number in group.members]
-    method = group.step.method
+def survey_alone(plan: Plan, schedule: Schedule, compiled: Finder, stopping: Callable[[], bool]) -> Plan:
+    """The plan with what surveys find, looked for without a merge."""
+    if not groups_of(plan.tensors):
+        return plan
+    with ExitStack() as stack:
+        arena = Arena(schedule.slots, schedule.slot_bytes, schedule.scratch_bytes, touch=False)
+        sources = [Source(checkpoint) for checkpoint in plan.checkpoints]
+        for source in sources:
+            stack.callback(source.close)
+        lane = CpuLane(schedule.threads, compiled)
+        stack.callback(lane.close)
+        reader = ReadAhead(sources, arena, READ_THREADS)
+        stack.callback(reader.close)
+        looker = Looker(schedule, sources=sources, arena=arena, reader=reader, lane=lane, stopping=stopping)
+        tensors = survey(plan, plan.tensors, looker, reader, SurveyBook(None, ""))
+        return replace(plan, tensors=tuple(tensors))
+
+
+def _with_found(tensor: TensorPlan, number: int, found: Any) -> TensorPlan:
+    steps = [replace(step, found=found) if i == number else step for i, step in enumerate(tensor.steps)]
+    return replace(tensor, steps=tuple(steps))
+
+
+def _survey_group(seed: int, members: Sequence[tuple[TensorPlan, int]], looker: Looker,
+                  reader: ReadAhead) -> list[Any]:  # fmt: skip
+    works = [Work(tensor, seed) for tensor, _ in members]
+    numbers = [number for _, number in members]
+    method = members[0][0].steps[numbers[0]].method
     assert method.survey is not None
     surveying = method.survey([work.problem(number) for work, number in zip(works, numbers, strict=True)])
-    answers: list[Any] = []
+    answers: Any = None
     while True:
         try:
-            looks = surveying.send(answers) if answers else next(surveying)
+            looks = surveying.send(answers)
         except StopIteration as stop:
             results: list[Any] = stop.value
             return results
@@ -119,7 +143,23 @@ def _survey_group(plan: Plan, group: Group, looker: Looker, reader: ReadAhead, f
 
 def _answers(works: Sequence[Work], numbers: Sequence[int], looks: Sequence[Any], looker: Looker,
              reader: ReadAhead) -> Iterator[Any]:  # fmt: skip
+    """The answers of all tensors, one after the other; while one is looked at, the next is read."""
+    ahead: deque[tuple[Work, int, Any, list[Tile]]] = deque()
+
+    def take() -> Any:
+        work, number, look, tiles = ahead.popleft()
+        return looker.look_at_all(work, number, look, tiles, keep=False)
+
     for work, number, look in zip(works, numbers, looks, strict=True):
+        if look is not None and len(work.arguments) >= number and look.spans is None:
+            tiles = looker.tiles(work.tensor)
+            reader.request(tiles)
+            ahead.append((work, number, look, tiles))
+            if len(ahead) > 1:
+                yield take()
+            continue
+        while ahead:
+            yield take()
         if look is None:
             yield None
             continue
@@ -134,3 +174,5 @@ def _answers(works: Sequence[Work], numbers: Sequence[int], looks: Sequence[Any]
         tiles = looker.tiles(work.tensor)
         reader.request(tiles)
         yield looker.look_at_all(work, number, look, tiles, keep=False)
+    while ahead:
+        yield take()

@@ -130,7 +130,7 @@ class Shelf:
             flat = merge_whole(
                 step.method, step.settings, [operands[i] for i in step.operands], tensor.shape,
                 has_base=step.has_base, work=torch_dtype(step.work), out=torch_dtype(step.dtype),
-                stream_keys=keys, find=self._find,
+                stream_keys=keys, find=self._find, found=step.found,
             )  # fmt: skip
             if step is not tensor.steps[-1]:
                 operands.append(padded(flat))
@@ -159,7 +159,7 @@ def make_version(seed: int, tensors: Sequence[TensorPlan], checkpoints: Sequence
                 texts[id(step.settings)] = _settings_text(step.settings)
             parts.append(
                 f"{step.method.name} {texts[id(step.settings)]} {step.operands} {step.has_base} {step.dtype} "
-                f"{step.work} {step.stream} {seed}"
+                f"{step.work} {step.stream} {seed} {step.found}"
             )
         hashing.update(repr(parts).encode("utf-8", "surrogatepass"))
     return Version(tuple(tensors), tuple(checkpoints), seed, hashing.hexdigest())
