@@ -22,10 +22,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from streammerge.kernels.contract import Argument, Measuring, Method, Param, Problem, Program, Settings
+from torch import Tensor
+
+from streammerge.kernels.contract import Argument, Arguments, Measuring, Method, Param, Problem, Program, Settings, Tile
 from streammerge.kernels.gram import weighted_sum
 
-_PROGRAM = Program(weighted_sum, (Argument("coefficient"),), (("from_base", False),), merges=True)
+
+def averaged(tile: Tile, arguments: Arguments) -> Tensor:
+    """Σ a_i x_i / d. Whole a_i of 16-bit numbers add up exactly, so that what lies between two of them is rounded as
+    it should be."""
+    return weighted_sum(tile, arguments, from_base=False) / arguments["divisor"]
+
+
+_PROGRAM = Program(averaged, (Argument("coefficient"), Argument("divisor", (1,))), merges=True)
 
 _SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda z: 1 - z,
@@ -34,22 +43,24 @@ _SHAPES: dict[str, Callable[[float], float]] = {
 }
 
 
-def coefficients(settings: Settings, count: int) -> list[float]:
-    """The share of each of `count` checkpoints, oldest first."""
+def shares(settings: Settings, count: int) -> list[float]:
+    """In what proportion `count` checkpoints count, oldest first."""
     schedule = settings.text("schedule")
     if schedule == "wma":
-        return [2 * i / (count * (count + 1)) for i in range(1, count + 1)]
+        return [float(i) for i in range(1, count + 1)]
     if schedule == "ema":
         alpha = settings.number("decay")
         return [(1 - alpha) ** (count - 1), *(alpha * (1 - alpha) ** (count - i) for i in range(2, count + 1))]
     if schedule == "wsd":
         weight = [_SHAPES[settings.text("decay_shape")](j / count) for j in range(count + 1)]
         return [weight[j] - weight[j + 1] for j in range(count)]
-    return [1 / count] * count
+    return [1.0] * count
 
 
 def _measure(problem: Problem) -> Measuring:
-    return {"coefficient": problem.tensor(coefficients(problem.settings, problem.models))}
+    found = shares(problem.settings, problem.models)
+    # Those of ema and wsd sum to 1 but for rounding.
+    return {"coefficient": problem.tensor(found), "divisor": problem.tensor([float(round(math.fsum(found)))])}
     yield  # a generator that asks nothing
 
 

@@ -46,7 +46,7 @@ USUAL: dict[str, Value | tuple[Value, ...]] = {
     "t": 0.3019,
     "mask_lambda": (0.4127, 0.6301, 0.2903, 0.5209),
     "decay": 0.3517,
-    "r": 0.3107,
+    "r": 0.2917,
     "alpha": 0.6113,
 }
 # What only one method means by a name.
@@ -75,7 +75,7 @@ ROWS: dict[str, tuple[int, ...]] = {
     "column": (300, 1),
     "narrow": (43, 7),
     "units": (131, 1021),
-    "wide": (3, 70_001),
+    "wide": (7, 65_539),
     "cube": (3, 5, 7),
     "sixty-three": (63,),
 }

@@ -226,6 +226,9 @@ def karcher(given: Given) -> Expected:
     if not units:
         return decided(np.zeros_like(models[0]))
     share = 1 / len(models)
+    if len(units) == len(models) and all(np.array_equal(u, units[0]) for u in units):
+        # Of one direction: the mean, and free of the rounding that turns over what lies between two bf16.
+        return decided(sum(models, np.zeros_like(models[0])) / len(models))
     mean = share * sum(units, np.zeros_like(units[0]))
     norm = math.sqrt(np.dot(mean, mean))
     point = units[0] if norm < tol else mean / norm
@@ -317,7 +320,7 @@ def average(given: Given) -> Expected:
     if schedule == "wsd":
         # The same sum by updates: x_1, then what each further checkpoint added, by the decayed rate.
         z = np.arange(1, count) / count
-        rates = {"linear": 1 - z, "cosine": np.cos(np.pi * z / 2) ** 2, "sqrt": 1 - z**0.5}
+        rates = {"linear": 1 - z, "cosine": (1 + np.cos(np.pi * z)) / 2, "sqrt": 1 - z**0.5}
         steps = [x - before for before, x in pairwise(models)]
         rate = rates[str(given.shared["decay_shape"])].tolist()
         return decided(models[0] + _weighted(rate, steps) if steps else models[0])
