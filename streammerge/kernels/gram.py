@@ -27,12 +27,12 @@ _OPPOSITE = 1e-6
 
 def inner_products(tile: Tile, arguments: Arguments, from_base: bool) -> Tensor:
     """(blocks, pairs) float64: v_i · v_j for i <= j of each block, or row. Products of two float32 are exact there."""
-    return torch.stack([block_sum(product) for product in _products(tile, from_base)], -1)
+    return torch.stack([block_sum(one * other) for one, other in _pairs(tile, from_base)], -1)
 
 
 def column_products(tile: Tile, arguments: Arguments) -> Tensor:
     """(1, pairs, width) float64: the inner products from the base, down every column of a unit of rows."""
-    return torch.stack([_column_sum(product) for product in _products(tile, from_base=True)])[None]
+    return torch.stack([_column_sum(one * other) for one, other in _pairs(tile, from_base=True)])[None]
 
 
 def weighted_sum(tile: Tile, arguments: Arguments, from_base: bool) -> Tensor:
@@ -111,12 +111,12 @@ def _vectors(tile: Tile, from_base: bool) -> Sequence[Tensor]:
     return tile.deltas() if from_base else [tile.base, *tile.models]
 
 
-def _products(tile: Tile, from_base: bool) -> list[Tensor]:
-    """v_i v_j, element by element, for i <= j. Deltas are taken in float64, too: there they are all but exact."""
+def _pairs(tile: Tile, from_base: bool) -> list[tuple[Tensor, Tensor]]:
+    """The vectors v_i and v_j, i <= j, in float64: there deltas are all but exact."""
     base = None if tile.base is None else tile.base.to(torch.float64)
     wide = tile._replace(base=base, models=[model.to(torch.float64) for model in tile.models])
     vectors = _vectors(wide, from_base)
-    return [one * other for i, one in enumerate(vectors) for other in vectors[i:]]
+    return [(one, other) for i, one in enumerate(vectors) for other in vectors[i:]]
 
 
 def _column_sum(values: Tensor) -> Tensor:
