@@ -133,6 +133,9 @@ def profiles(method: Method) -> dict[str, dict[str, Any]]:
     if len(flips) > 1:
         changes["all flags"] = flips
     for param in method.params:
+        if param.name.endswith("_scope"):
+            # Only one of them is judged here: see _unless_given.
+            continue
         others = [choice for choice in param.choices if choice != param.default]
         changes |= {f"{param.name} {choice}": {param.name: choice} for choice in others}
     return {"defaults": {}, "usual": usual(method)} | {

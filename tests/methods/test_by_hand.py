@@ -146,7 +146,7 @@ def test_nuslerp_by_rows(tmp_path: Path) -> None:
 
 def test_nuslerp_row_wise_is_by_columns(tmp_path: Path) -> None:
     found = merged(tmp_path, "nuslerp", None, *ROWS, weight=1.0, nuslerp_flatten=False, nuslerp_row_wise=True)
-    # (2, 0) with nothing counts as orthogonal; (0, 1) and (2, 3) are 33.69° apart, each has the factor 1 / (2 cos 16.845°).
+    # (2, 0) with nothing counts as orthogonal; (0, 1) and (2, 3) are 33.69° apart: factors of 1 / (2 cos 16.845°).
     assert found[0] == pytest.approx([2**0.5, 1.044832], rel=1e-5)
     assert found[1] == pytest.approx([0.0, 2.089663], rel=1e-5)
 
