@@ -10,41 +10,18 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
-from streammerge.kernels.blocksum import block_sum, total
-from streammerge.kernels.contract import (
-    Argument,
-    Arguments,
-    Look,
-    Measuring,
-    Method,
-    Param,
-    Problem,
-    Program,
-    Tile,
-)
+from streammerge.kernels.blocksum import total
+from streammerge.kernels.contract import Argument, Look, Measuring, Method, Param, Problem, Program
+from streammerge.kernels.gram import inner_products, weighted_sum
 
 _PARALLEL = 0.9995
 _SHORTEST = 1e-8
 
-
-def inner_products(tile: Tile, arguments: Arguments) -> Tensor:
-    """(blocks, 3) float64: b·b, b·x, x·x of each block. The product of two float32 is exact in float64."""
-    assert tile.base is not None
-    base, model = tile.base.to(torch.float64), tile.models[0].to(torch.float64)
-    return torch.stack([block_sum(base * base), block_sum(base * model), block_sum(model * model)], -1)
-
-
-def interpolated(tile: Tile, arguments: Arguments) -> Tensor:
-    """c_0 b + c_1 x."""
-    assert tile.base is not None
-    return tile.base * arguments["coefficient"][0] + tile.models[0] * arguments["coefficient"][1]
-
-
-_LOOK = Program(inner_products)
-_PROGRAM = Program(interpolated, (Argument("coefficient", (2,)),), merges=True)
+_INPUTS = (("from_base", False),)
+_LOOK = Program(inner_products, options=_INPUTS)
+_PROGRAM = Program(weighted_sum, (Argument("coefficient", (2,)),), _INPUTS, merges=True)
 
 
 def slerp_coefficients(t: float, base_square: float, product: float, model_square: float) -> tuple[float, float]:

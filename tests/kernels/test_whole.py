@@ -13,11 +13,10 @@ from streammerge.kernels.chance import stream_key
 from streammerge.kernels.compiled import Run, Signature, eager
 from streammerge.kernels.contract import BLOCK, Method, Program
 from streammerge.kernels.whole import merge_whole, pad
-from streammerge.methods import METHODS
-from tests.methods.cases import Case, bits, make, make_case, merge, profiles, settings_of
+from tests.methods.cases import FORMS, ROWS, Case, bits, make, make_case, merge, profiles, sees_rows, settings_of
 from tests.methods.test_edges import spoiled
 
-every_method = pytest.mark.parametrize("name", METHODS)
+every_method = pytest.mark.parametrize("name", FORMS)
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "nothing": (0,),
@@ -68,6 +67,12 @@ def cases_of(method: Method) -> list[Case]:
         for i, (label, parameters) in enumerate(profiles(method).items())
     ]
     cases.append(make_case(method, "mixed", (70_000,), seed=50, dtypes=(torch.float32, torch.bfloat16), **usual))
+    cases += [
+        make_case(method, f"{profile} {label}", shape, seed=70 + i, **parameters)
+        for profile, parameters in profiles(method).items()
+        if sees_rows(method, parameters)
+        for i, (label, shape) in enumerate(ROWS.items())
+    ]
     # More blocks than are merged at once.
     cases.append(make_case(method, "long", (5, BLOCK + 7), seed=51, **usual))
     return [*cases, spoiled(make_case(method, "spoiled", (70_000,), seed=60, **usual))]
@@ -75,7 +80,7 @@ def cases_of(method: Method) -> list[Case]:
 
 @every_method
 def test_in_memory_a_merge_has_the_bits_of_one_of_files(tmp_path: Path, name: str) -> None:
-    method = METHODS[name]
+    method = FORMS[name]
     made = make(tmp_path, method, cases_of(method))
     _, written = merge(made, tmp_path / "out", seed=_SEED)
     assert len(written) == len(made.cases) > 2 * len(SHAPES)
@@ -88,7 +93,7 @@ def test_in_memory_a_merge_has_the_bits_of_one_of_files(tmp_path: Path, name: st
 
 @every_method
 def test_in_float64_too(tmp_path: Path, name: str) -> None:
-    method = METHODS[name]
+    method = FORMS[name]
     usual = profiles(method)["usual"]
     cases = [make_case(method, label, SHAPES[label], seed=i, dtypes=(torch.float64,), **usual)
              for i, label in enumerate(["sixty-five", "blocks"])]  # fmt: skip
@@ -100,7 +105,7 @@ def test_in_float64_too(tmp_path: Path, name: str) -> None:
 
 @every_method
 def test_the_inputs_stay_as_they_were(name: str) -> None:
-    method = METHODS[name]
+    method = FORMS[name]
     case = make_case(method, "blocks", SHAPES["blocks"], seed=1, **profiles(method)["usual"])
     before = [tensor.clone() for tensor in case.inputs]
     whole(method, "tensor", case, torch.bfloat16)
@@ -109,7 +114,7 @@ def test_the_inputs_stay_as_they_were(name: str) -> None:
 
 @every_method
 def test_a_program_that_is_found_runs_on_more_blocks_at_once_and_changes_no_bit(name: str) -> None:
-    method = METHODS[name]
+    method = FORMS[name]
     case = make_case(method, "long", (33 * BLOCK + 7,), seed=2, models=1, **profiles(method)["usual"])
     asked: list[Signature] = []
     pieces: list[int] = []

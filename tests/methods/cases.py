@@ -8,7 +8,7 @@ themselves: defaults, booleans both ways, and the numbers below for the names th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,21 @@ from torch import Tensor
 
 import streammerge
 from streammerge.kernels.contract import Method, Param, Settings, Value
+from streammerge.methods import METHODS
 from streammerge.run.merge import Report
 from tests.methods.oracles import Given
 from tests.models import save_model
+
+# Every method; one whose base is optional with and without it.
+FORMS: dict[str, Method] = {
+    label: form
+    for name, method in METHODS.items()
+    for label, form in (
+        {name: replace(method, base="ignored"), f"{name} with base": replace(method, base="required")}
+        if method.base == "optional"
+        else {name: method}
+    ).items()
+}
 
 # Values that are nobody's default; a tuple has one per model. Four digits each: 1.3 times a float16 often lies exactly
 # between two float16, and there the last bit of a float32 decides the rounding.
@@ -32,6 +44,16 @@ USUAL: dict[str, Value | tuple[Value, ...]] = {
     "scale": (1.2693, 0.8371, 1.1309, 0.6607, 0.9409, 1.0513, 0.7717, 1.1117),
     "lambda": 1.4983,
     "t": 0.3019,
+    "mask_lambda": (0.4127, 0.6301, 0.2903, 0.5209),
+    "decay": 0.3517,
+    "r": 0.2917,
+    "alpha": 0.6113,
+}
+# What only one method means by a name.
+_OWN: dict[str, dict[str, Value]] = {
+    "ram": {"epsilon": 1.0307e-3},
+    "ramplus_tl": {"epsilon": 1.0307e-3},
+    "nearswap": {"t": 7.1303e-4},
 }
 # For a required number that is not known.
 _ANY_NUMBER = 0.4
@@ -46,6 +68,16 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "block": (65536,),
     "block and one": (65537,),
     "blocks": (2, 131, 1021),
+}
+
+# For what sees rows: one column, odd widths, several units, rows wider than a block, more dimensions, a vector.
+ROWS: dict[str, tuple[int, ...]] = {
+    "column": (300, 1),
+    "narrow": (43, 7),
+    "units": (131, 1021),
+    "wide": (7, 65_539),
+    "cube": (3, 5, 7),
+    "sixty-three": (63,),
 }
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -87,15 +119,34 @@ def make_case(method: Method, label: str, shape: Sequence[int], *, seed: int, mo
     )
 
 
+def usual(method: Method) -> dict[str, Value | tuple[Value, ...]]:
+    """A value for every parameter that has one in USUAL."""
+    known = {param.name: USUAL[param.name] for param in method.params if param.name in USUAL}
+    return known | _OWN.get(method.name, {})
+
+
 def profiles(method: Method) -> dict[str, dict[str, Any]]:
-    """Parameters to try: all defaults, all of USUAL, and that with each boolean the other way."""
-    usual = {param.name: USUAL[param.name] for param in method.params if param.name in USUAL}
-    flipped = {
-        f"{param.name} {not param.default}": {**usual, param.name: not param.default}
-        for param in method.params
-        if param.kind == "boolean"
+    """Parameters to try: all defaults, all usual ones, and those with each boolean the other way, or all of them, and
+    each other text."""
+    flips = {param.name: not param.default for param in method.params if param.kind == "boolean"}
+    changes: dict[str, dict[str, Any]] = {f"{name} {value}": {name: value} for name, value in flips.items()}
+    if len(flips) > 1:
+        changes["all flags"] = flips
+    for param in method.params:
+        if param.name.endswith("_scope"):
+            # Only one of them is judged here: see _unless_given.
+            continue
+        others = [choice for choice in param.choices if choice != param.default]
+        changes |= {f"{param.name} {choice}": {param.name: choice} for choice in others}
+    return {"defaults": {}, "usual": usual(method)} | {
+        label: {**usual(method), **change} for label, change in changes.items()
     }
-    return {"defaults": {}, "usual": usual, **flipped}
+
+
+def sees_rows(method: Method, parameters: Mapping[str, Any]) -> bool:
+    """Whether a matrix with these parameters is merged by rows."""
+    case = make_case(method, "any", (1, 1), seed=0, **parameters)
+    return method.by_rows(settings_of(method, case))
 
 
 def takes(method: Method, *parameters: str) -> bool:
@@ -141,6 +192,7 @@ def given_of(method: Method, name: str, case: Case, *, out_dtype: str, seed: int
         settings.models,
         np.float64 if wide else np.float32,
         seed,
+        tuple(case.inputs[0].shape),
     )
 
 
@@ -170,7 +222,7 @@ def make(folder: Path, method: Method, cases: Sequence[Case], **top: Any) -> Mad
         for i in range(count)
     ]
     recipe: dict[str, Any] = {"merge_method": method.name, **top}
-    if method.base == "required":
+    if cases[0].base is not None:
         base = save_model(folder / "base", {name: case.inputs[0].contiguous() for name, case in named.items()})
         recipe["base_model"] = str(base)
         # A method that takes no other model than its base still wants one listed.

@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-Value = float | bool
+Value = float | bool | str
 
 BLOCK = 65536
 
@@ -40,6 +41,7 @@ class Given:
     each: Mapping[str, Sequence[Value | None]]
     work: type[np.floating] = np.float32
     seed: int = 0
+    shape: tuple[int, ...] = ()
 
     def numbers(self, name: str) -> list[float]:
         return [float(value) for value in self.each[name] if value is not None]
@@ -52,6 +54,14 @@ class Given:
     def deltas(self) -> list[Array]:
         assert self.base is not None
         return [model - self.base for model in self.models]
+
+    def vectors(self) -> list[Array]:
+        """The deltas where there is a base, else the models."""
+        return list(self.models) if self.base is None else self.deltas()
+
+    def on_base(self, merged: Array) -> Array:
+        """What was merged of `vectors`, on the base where there is one."""
+        return merged if self.base is None else self.base + merged
 
 
 @dataclass(frozen=True)
@@ -156,6 +166,168 @@ def metagpt(given: Given) -> Expected:
     return decided(given.base + given.number("lambda") * merged)
 
 
+def nuslerp(given: Given) -> Expected:
+    """y = [sin((1−t)θ) v_1 + sin(tθ) v_2] / sin θ (+ b), of tensors, rows or columns; linear if parallel."""
+    first, second = given.numbers("weight")
+    t = 0.5 if abs(first + second) < 1e-6 else second / (first + second)
+    rows = not given.shared["nuslerp_flatten"]
+    columns = rows and bool(given.shared["nuslerp_row_wise"])
+    one, other = (_as_rows(given, v, rows=rows, columns=columns) for v in given.vectors())
+    merged = np.empty_like(one)
+    for i, (v, w) in enumerate(zip(one, other, strict=True)):
+        unit_v, unit_w = (x / max(math.sqrt(np.dot(x, x)), 1e-7) for x in (v, w))
+        cosine = float(np.clip(np.dot(unit_v, unit_w), -1, 1))
+        if not (np.isfinite(v).all() and np.isfinite(w).all()):
+            merged[i] = np.nan
+        elif 1 - cosine**2 <= 1e-12:
+            merged[i] = (1 - t) * v + t * w
+        else:
+            angle = math.acos(cosine)
+            merged[i] = (math.sin((1 - t) * angle) * v + math.sin(t * angle) * w) / math.sin(angle)
+    return decided(given.on_base((merged.T if columns else merged).reshape(-1)))
+
+
+def multislerp(given: Given) -> Expected:
+    """The direction M = Σ w_i u_i, at the length Σ w_i n_i; with a log map, moved by the mean of the ways from there.
+
+    Directions that cancel leave Σ w_i v_i.
+    """
+    vectors, weights, eps = given.vectors(), given.numbers("weight"), given.number("eps")
+    if len(vectors) == 1:
+        return decided(given.models[0])
+    if given.shared["normalize_weights"]:
+        weight_sum = math.fsum(weights)
+        weights = [weight / weight_sum if weight_sum else math.nan for weight in weights]
+    if not (np.isfinite(vectors).all() and np.isfinite(weights).all()):
+        return decided(np.full_like(vectors[0], np.nan))
+    lengths = [math.sqrt(np.dot(v, v)) for v in vectors]
+    if given.shared["log_map"]:
+        units = [v / n if n > eps else np.zeros_like(v) for v, n in zip(vectors, lengths, strict=True)]
+    else:
+        units = [v / (n + eps) for v, n in zip(vectors, lengths, strict=True)]
+    mean = _weighted(weights, units)
+    norm = math.sqrt(np.dot(mean, mean))
+    if norm < max(eps, 1e-7 * sum(abs(w) * math.sqrt(np.dot(u, u)) for w, u in zip(weights, units, strict=True))):
+        return decided(given.on_base(_weighted(weights, vectors)))
+    point = mean / norm
+    if given.shared["log_map"]:
+        way = _weighted(weights, [_way(point, u) if u.any() else u for u in units])
+        point = _walked(point, way)
+    return decided(given.on_base(point * sum(w * n for w, n in zip(weights, lengths, strict=True))))
+
+
+def karcher(given: Given) -> Expected:
+    """The Riemannian mean on the sphere by fixed-point steps, at the mean length."""
+    models, tol = given.models, given.number("tol")
+    if not np.isfinite(models).all():
+        return decided(np.full_like(models[0], np.nan))
+    lengths = [math.sqrt(np.dot(x, x)) for x in models]
+    units = [x / n for x, n in zip(models, lengths, strict=True) if n > tol]
+    if not units:
+        return decided(np.zeros_like(models[0]))
+    share = 1 / len(models)
+    if len(units) == len(models) and all(np.array_equal(u, units[0]) for u in units):
+        # Of one direction: the mean, and free of the rounding that turns over what lies between two bf16.
+        return decided(sum(models, np.zeros_like(models[0])) / len(models))
+    mean = share * sum(units, np.zeros_like(units[0]))
+    norm = math.sqrt(np.dot(mean, mean))
+    point = units[0] if norm < tol else mean / norm
+    for _ in range(int(given.number("max_iter"))):
+        way = share * sum((_way(point, u, tol) for u in units), np.zeros_like(point))
+        if math.sqrt(np.dot(way, way)) < tol:
+            break
+        point = _walked(point, way)
+    return decided(point * sum(lengths) * share)
+
+
+def model_stock(given: Given) -> Expected:
+    """y = t mean(x_i) + (1 − t) b, t = K c / (1 + (K − 1) c), c the mean cosine between deltas; by tensor or by row."""
+    assert given.base is not None
+    rows = bool(given.shared["filter_wise"])
+    deltas = [_as_rows(given, delta, rows=rows) for delta in given.deltas()]
+    norms = [np.sqrt((delta * delta).sum(1)) for delta in deltas]
+    pairs = [(i, j) for i in range(len(deltas)) for j in range(i)]
+    cosines = [np.clip((deltas[i] * deltas[j]).sum(1) / np.maximum(norms[i] * norms[j], 1e-6), -1, 1) for i, j in pairs]
+    c, count = sum(cosines, np.zeros_like(norms[0])) / len(pairs), len(deltas)
+    denominator = 1 + (count - 1) * c
+    t = np.where(np.abs(denominator) < 1e-6, 0.0, count * c / denominator)
+    mean = sum(deltas, np.zeros_like(deltas[0])) / count
+    return decided(given.base + (t[:, None] * mean).reshape(-1))
+
+
+def nearswap(given: Given) -> Expected:
+    """y = w x + (1 − w) b, written from the base; w = t / max(|x − b|, 1e-6), between 0 and 1."""
+    assert given.base is not None
+    (delta,) = given.deltas()
+    if given.number("t") <= 0:
+        return decided(given.base)
+    share = np.clip(given.number("t") / np.maximum(np.abs(delta), 1e-6), 0, 1)
+    return decided(np.where(share == 1, given.models[0], given.base + share * delta))
+
+
+def ram(given: Given) -> Expected:
+    """Changes of one model in full, those of several averaged."""
+    changes, count = _changes(given)
+    parts = [np.where(changed, delta, 0.0) for changed, delta in zip(changes, given.deltas(), strict=True)]
+    return decided(given.on_base(sum(parts, np.zeros(len(count))) / np.maximum(count, 1)))
+
+
+def ramplus_tl(given: Given) -> Expected:
+    """As ram; a model's own changes times 1 + r ρ, ρ its shared changes by its own, at most alpha."""
+    changes, count = _changes(given)
+    merged = np.zeros(len(count))
+    for changed, delta in zip(changes, given.deltas(), strict=True):
+        own, shared = changed & (count == 1), changed & (count > 1)
+        ratio = min(shared.sum() / max(own.sum(), given.number("epsilon")), given.number("alpha"))
+        merged = merged + np.where(own, (1 + given.number("r") * ratio) * delta, 0.0)
+        merged = merged + np.where(shared, delta, 0.0) / np.maximum(count, 1)
+    return decided(given.on_base(merged))
+
+
+def consensus(given: Given) -> Expected:
+    """b + λ τ where enough models have |Δ_i| >= l_i |τ − Δ_i|, τ = Σ w_i Δ_i; a NaN counts as wanted."""
+    assert given.base is not None
+    deltas, weights = given.deltas(), given.numbers("weight")
+    parts = [weight * delta for weight, delta in zip(weights, deltas, strict=True)]
+    tau = sum(parts, np.zeros_like(given.base))
+    size = sum((np.abs(part) for part in parts), np.zeros_like(given.base))
+    exact = _held(given, *parts, *np.cumsum(parts, axis=0))
+    count, least, most = (np.zeros(len(tau)) for _ in range(3))
+    for factor, delta in zip(given.numbers("mask_lambda"), deltas, strict=True):
+        bar = factor * np.abs(tau - delta)
+        # What rounding may turn over, unless the work dtype holds all of it.
+        slack = 8 * np.finfo(given.work).eps * (abs(factor) * (size + np.abs(delta)) + np.abs(delta))
+        slack = np.where(exact & _held(given, delta, tau - delta, bar), 0.0, slack)
+        count += ~(np.abs(delta) < bar)
+        least += ~(np.abs(delta) < bar + slack)
+        most += ~(np.abs(delta) < bar - slack)
+    needed = min(given.number("consensus"), len(deltas))
+    kept, dropped = given.base + given.number("lambda") * tau, given.base
+    right = np.where(count >= needed, kept, dropped)
+    contested = (least < needed) & (most >= needed)
+    return Expected(right, np.where(contested, np.where(count >= needed, dropped, kept), right))
+
+
+def average(given: Given) -> Expected:
+    """Checkpoints of one run, oldest first, by schedule."""
+    models, count = given.models, len(given.models)
+    schedule = given.shared["schedule"]
+    if schedule == "ema":
+        running = models[0]
+        for x in models[1:]:
+            running = given.number("decay") * x + (1 - given.number("decay")) * running
+        return decided(running)
+    if schedule == "wsd":
+        # The same sum by updates: x_1, then what each further checkpoint added, by the decayed rate.
+        z = np.arange(1, count) / count
+        rates = {"linear": 1 - z, "cosine": (1 + np.cos(np.pi * z)) / 2, "sqrt": 1 - z**0.5}
+        steps = [x - before for before, x in pairwise(models)]
+        rate = rates[str(given.shared["decay_shape"])].tolist()
+        return decided(models[0] + _weighted(rate, steps) if steps else models[0])
+    shares = [1.0 if schedule == "sma" else float(i) for i in range(1, count + 1)]
+    return decided(_weighted(shares, models) / sum(shares))
+
+
 ORACLES: dict[str, Callable[[Given], Expected]] = {
     "linear": linear,
     "passthrough": passthrough,
@@ -166,7 +338,61 @@ ORACLES: dict[str, Callable[[Given], Expected]] = {
     "dare_ties": dare_ties,
     "hi_merging": hi_merging,
     "metagpt": metagpt,
+    "nuslerp": nuslerp,
+    "multislerp": multislerp,
+    "karcher": karcher,
+    "model_stock": model_stock,
+    "nearswap": nearswap,
+    "ram": ram,
+    "ramplus_tl": ramplus_tl,
+    "consensus": consensus,
+    "average": average,
 }
+
+# --- vectors and directions ------------------------------------------------------------------------------------------
+
+
+def _as_rows(given: Given, values: Array, *, rows: bool, columns: bool = False) -> Array:
+    """A matrix whose rows are the vectors: the tensor, its rows, or its columns. A vector is one."""
+    if not rows or len(given.shape) < 2:
+        return values.reshape(1, -1)
+    matrix = values.reshape(-1, given.shape[-1])
+    return np.ascontiguousarray(matrix.T) if columns else matrix
+
+
+def _weighted(weights: Sequence[float], vectors: Sequence[Array]) -> Array:
+    return sum((w * v for w, v in zip(weights, vectors, strict=True)), np.zeros_like(vectors[0]))
+
+
+def _way(point: Array, unit: Array, nearest: float = 0.0) -> Array:
+    """The log map: from `point` along the sphere to `unit`; none to what is near, or opposite."""
+    cosine = float(np.clip(np.dot(point, unit), -1, 1))
+    angle = math.acos(cosine)
+    if angle < nearest or angle == 0 or math.pi - angle < 1e-6:
+        return np.zeros_like(point)
+    return angle / math.sin(angle) * (unit - cosine * point)
+
+
+def _walked(point: Array, way: Array) -> Array:
+    """The exponential map."""
+    angle = math.sqrt(np.dot(way, way))
+    if angle == 0:
+        return point
+    moved = math.cos(angle) * point + math.sin(angle) / angle * way
+    return moved / math.sqrt(np.dot(moved, moved))
+
+
+def _held(given: Given, *values: Array) -> NDArray[np.bool_]:
+    """Where the work dtype holds all values exactly."""
+    return np.all([value.astype(given.work) == value for value in values], axis=0)
+
+
+def _changes(given: Given) -> tuple[list[NDArray[np.bool_]], NDArray[np.int64]]:
+    """Which entries each model changed by more than epsilon, as the arithmetic sees them, and how many models did."""
+    epsilon = given.work(given.number("epsilon"))
+    changes = [~(np.abs(delta).astype(given.work) <= epsilon) for delta in given.deltas()]
+    return changes, np.sum(changes, axis=0)
+
 
 # --- the parts of the task-vector family -----------------------------------------------------------------------------
 

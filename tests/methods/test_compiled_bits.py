@@ -22,11 +22,10 @@ from torch import Tensor
 from streammerge.kernels.chance import block_keys, stream_key
 from streammerge.kernels.compiled import Cache, Run, Signature, compiler_missing, default_cache, eager
 from streammerge.kernels.contract import BLOCK, Method, Problem, Program, Settings
-from streammerge.methods import METHODS
 from tests.kernels.looking import Memory, block_starts, in_blocks
-from tests.methods.cases import DTYPES, bits, make, make_case, merge, profiles, settings_of
+from tests.methods.cases import DTYPES, FORMS, bits, make, make_case, merge, profiles, settings_of
 
-every_method = pytest.mark.parametrize("name", METHODS)
+every_method = pytest.mark.parametrize("name", FORMS)
 
 _BLOCKS = 5
 _ODD_VALUES = [0.0, -0.0, 1e-40, -1e-40, 6e-8, 1.0, -1.0, 3e38, -3e38]
@@ -141,12 +140,12 @@ def same_bits(one: Tensor, other: Tensor, *, any_nan: bool) -> bool:
 
 def suite_work(name: str) -> Work:
     """Two models in bfloat16; sparse, so that every kind of program is among them."""
-    return work_for(METHODS[name], profiles(METHODS[name])["usual"])
+    return work_for(FORMS[name], profiles(FORMS[name])["usual"])
 
 
 @pytest.fixture(scope="session")
 def suite_cache() -> Cache:
-    return compiled([suite_work(name) for name in METHODS])
+    return compiled([suite_work(name) for name in FORMS])
 
 
 @every_method
@@ -163,7 +162,7 @@ def test_compiled_programs_see_nan_and_infinity_as_eager_ones_do(name: str, suit
 def test_a_compiled_merge_writes_the_file_of_an_eager_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, suite_cache: Cache
 ) -> None:
-    method = METHODS[name]
+    method = FORMS[name]
     assert suite_cache.directory == default_cache().directory
     made = make(tmp_path, method, [make_case(method, "usual", (200_000,), seed=1, **profiles(method)["usual"])])
     loaded = []
@@ -200,7 +199,7 @@ DTYPE_CASES = [
 
 def night_work(name: str, dtypes: Sequence[str], out: str) -> list[Work]:
     """Every profile of a method, and one whose weights are negative, which turns the signs of zeros."""
-    method = METHODS[name]
+    method = FORMS[name]
     tried = list(profiles(method).values())
     usual = profiles(method)["usual"]
     negative = {"weight": (-0.7129, -0.4507), "scale": (-1.2717,)}
@@ -210,7 +209,7 @@ def night_work(name: str, dtypes: Sequence[str], out: str) -> list[Work]:
 
 @pytest.fixture(scope="session")
 def night_cache() -> Cache:
-    return compiled([work for name in METHODS for case in DTYPE_CASES for work in night_work(name, *case.values)])
+    return compiled([work for name in FORMS for case in DTYPE_CASES for work in night_work(name, *case.values)])
 
 
 @pytest.mark.nightly

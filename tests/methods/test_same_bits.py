@@ -18,13 +18,25 @@ import torch
 from torch import Tensor
 
 from streammerge.kernels.contract import Method
-from streammerge.methods import METHODS
 from streammerge.plan import budget
 from streammerge.run.merge import Report
-from tests.methods.cases import SHAPES, Case, Made, bits, make, make_case, merge, profiles, settings_of
+from tests.methods.cases import (
+    FORMS,
+    ROWS,
+    SHAPES,
+    Case,
+    Made,
+    bits,
+    make,
+    make_case,
+    merge,
+    profiles,
+    sees_rows,
+    settings_of,
+)
 from tests.methods.test_edges import spoiled
 
-every_method = pytest.mark.parametrize("name", METHODS)
+every_method = pytest.mark.parametrize("name", FORMS)
 
 _BLOCKS = (11, 65536)
 
@@ -42,7 +54,7 @@ class Reference:
 @pytest.fixture(scope="module")
 def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]:
     found = {}
-    for name, method in METHODS.items():
+    for name, method in FORMS.items():
         folder = tmp_path_factory.mktemp(name)
         made = make(folder, method, cases_for(method))
         report, tensors = merge(made, folder / "reference")
@@ -61,6 +73,12 @@ def cases_for(method: Method) -> list[Case]:
     cases += [
         make_case(method, f"{dtype} long".replace("torch.", ""), _BLOCKS, seed=50, dtypes=(dtype,), **parameters)
         for dtype, parameters in ((torch.bfloat16, rescaled), (torch.float16, usual), (torch.float64, rescaled))
+    ]
+    cases += [
+        make_case(method, f"{profile} {label}", shape, seed=70 + i, **parameters)
+        for profile, parameters in profiles(method).items()
+        if sees_rows(method, parameters)
+        for i, (label, shape) in enumerate(ROWS.items())
     ]
     return [*cases, spoiled(make_case(method, "spoiled", (200_000,), seed=60, **rescaled))]
 
