@@ -3,17 +3,41 @@
 from __future__ import annotations
 
 from streammerge.kernels.contract import Method
+from streammerge.methods.arcee_fusion import ARCEE_FUSION
+from streammerge.methods.breadcrumbs import BREADCRUMBS
+from streammerge.methods.breadcrumbs_ties import BREADCRUMBS_TIES
 from streammerge.methods.dare_linear import DARE_LINEAR
 from streammerge.methods.dare_ties import DARE_TIES
+from streammerge.methods.della import DELLA
+from streammerge.methods.della_linear import DELLA_LINEAR
 from streammerge.methods.hi_merging import HI_MERGING
 from streammerge.methods.linear import LINEAR
+from streammerge.methods.localize_and_stitch import LOCALIZE_AND_STITCH
 from streammerge.methods.metagpt import METAGPT
 from streammerge.methods.passthrough import PASSTHROUGH
+from streammerge.methods.sce import SCE
 from streammerge.methods.slerp import SLERP
 from streammerge.methods.task_arithmetic import TASK_ARITHMETIC
 from streammerge.methods.ties import TIES
 
 METHODS: dict[str, Method] = {
     method.name: method
-    for method in (LINEAR, TASK_ARITHMETIC, PASSTHROUGH, SLERP, TIES, DARE_LINEAR, DARE_TIES, HI_MERGING, METAGPT)
+    for method in (
+        LINEAR,
+        TASK_ARITHMETIC,
+        PASSTHROUGH,
+        SLERP,
+        TIES,
+        DARE_LINEAR,
+        DARE_TIES,
+        BREADCRUMBS,
+        BREADCRUMBS_TIES,
+        DELLA,
+        DELLA_LINEAR,
+        LOCALIZE_AND_STITCH,
+        SCE,
+        ARCEE_FUSION,
+        HI_MERGING,
+        METAGPT,
+    )
 }
