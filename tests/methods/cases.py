@@ -32,6 +32,14 @@ USUAL: dict[str, Value | tuple[Value, ...]] = {
     "scale": (1.2693, 0.8371, 1.1309, 0.6607, 0.9409, 1.0513, 0.7717, 1.1117),
     "lambda": 1.4983,
     "t": 0.3019,
+    "select_topk": 0.4337,
+    "equal_below": 1e-9,
+    "lines_alpha": 0.9137,
+}
+# What goes for parameters per model only.
+_USUAL_PER_MODEL: dict[str, tuple[Value, ...]] = {
+    "gamma": (0.0371, 0.25, 0.0113, 0.5),
+    "epsilon": (0.1107, 0.2513, 0.15, 0.0709),
 }
 # For a required number that is not known.
 _ANY_NUMBER = 0.4
@@ -43,6 +51,9 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "one": (1,),
     "sixty-three": (63,),
     "cube": (3, 5, 7),
+    "rows": (70, 999),
+    "wide rows": (3, 65541),
+    "column": (77, 1),
     "block": (65536,),
     "block and one": (65537,),
     "blocks": (2, 131, 1021),
@@ -87,15 +98,27 @@ def make_case(method: Method, label: str, shape: Sequence[int], *, seed: int, mo
     )
 
 
+def usual_values(method: Method) -> dict[str, Any]:
+    """What is nobody's default, for the parameters whose names are known."""
+    known = [(param, {**USUAL, **_USUAL_PER_MODEL} if param.per_model else USUAL) for param in method.params]
+    return {param.name: values[param.name] for param, values in known if param.name in values}
+
+
 def profiles(method: Method) -> dict[str, dict[str, Any]]:
-    """Parameters to try: all defaults, all of USUAL, and that with each boolean the other way."""
-    usual = {param.name: USUAL[param.name] for param in method.params if param.name in USUAL}
+    """Parameters to try: all defaults, all usual values, and that with each boolean or text the other way."""
+    usual = usual_values(method)
     flipped = {
         f"{param.name} {not param.default}": {**usual, param.name: not param.default}
         for param in method.params
         if param.kind == "boolean"
     }
-    return {"defaults": {}, "usual": usual, **flipped}
+    chosen = {
+        f"{param.name} {choice}": {**usual, param.name: choice}
+        for param in method.params
+        for choice in param.choices
+        if choice != param.default
+    }
+    return {"defaults": {}, "usual": usual, **flipped, **chosen}
 
 
 def takes(method: Method, *parameters: str) -> bool:
@@ -141,6 +164,7 @@ def given_of(method: Method, name: str, case: Case, *, out_dtype: str, seed: int
         settings.models,
         np.float64 if wide else np.float32,
         seed,
+        tuple(case.inputs[0].shape),
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from streammerge.kernels.contract import Method
 from streammerge.methods import METHODS
-from tests.methods.cases import DTYPES, USUAL, Case, make, make_case, merge, takes
+from tests.methods.cases import DTYPES, Case, make, make_case, merge, settings_of, takes, usual_values
 from tests.methods.closeness import assert_equals_oracle
 
 every_method = pytest.mark.parametrize("name", METHODS)
@@ -43,6 +43,22 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     # 1 - 2⁻¹⁰: the sum is exact in float32, too.
     "weights that nearly sum to 0": {"weight": (1.0, -0.9990234375, 0.0, 0.0), "normalize": True},
     "large weights": {"weight": (1e6, 2e6, 1e6, 1e6)},
+    "select_topk 0": {"select_topk": 0.0},
+    "select_topk 1": {"select_topk": 1.0},
+    "select_topk above 1": {"select_topk": 1.5},
+    "negative select_topk": {"select_topk": -0.5},
+    "select_topk that keeps one entry": {"select_topk": 1.6e-5},
+    "select_topk that keeps none": {"select_topk": 1e-9},
+    "equal_below 0": {"equal_below": 0.0},
+    "equal_below that many stay under": {"equal_below": 1.0},
+    "gamma 0": {"gamma": 0.0},
+    "gamma 1": {"gamma": 1.0},
+    "gamma that leaves too few": {"gamma": 0.8, "density": 0.6},
+    "gamma with rescale": {"gamma": 0.2, "rescale": True},
+    "epsilon 0": {"epsilon": 0.0},
+    "negative epsilon": {"epsilon": (-0.1, 0.15, -0.05, 0.05)},
+    "lines_alpha 0": {"lines_alpha": 0.0},
+    "negative lines_alpha": {"lines_alpha": -0.7717},
     "lambda 0": {"lambda": 0.0},
     "negative lambda": {"lambda": -1.2503},
     "t 0": {"t": 0.0},
@@ -111,10 +127,14 @@ VALUES: dict[str, Callable[[Case], Case]] = {
 
 
 def edge_cases(method: Method, dtype: torch.dtype) -> Iterator[Case]:
-    usual = {param.name: USUAL[param.name] for param in method.params if param.name in USUAL}
+    usual = usual_values(method)
     for seed, (label, parameters) in enumerate(PARAMETERS.items()):
-        if takes(method, *parameters):
-            yield make_case(method, label, (66_000,), seed=seed, dtypes=(dtype,), **{**usual, **parameters})
+        if not takes(method, *parameters):
+            continue
+        case = make_case(method, label, (66_000,), seed=seed, dtypes=(dtype,), **{**usual, **parameters})
+        # What a method refuses is no case.
+        if not method.check(settings_of(method, case)):
+            yield case
     for seed, (label, change) in enumerate(VALUES.items()):
         yield change(make_case(method, label, (66_000,), seed=100 + seed, dtypes=(dtype,), **usual))
 
@@ -142,7 +162,7 @@ def spoiled(case: Case) -> Case:
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F64"])
 def test_numbers_that_are_not_finite_are_counted_and_stop_nothing(tmp_path: Path, name: str, dtype: str) -> None:
     method = METHODS[name]
-    usual = {param.name: USUAL[param.name] for param in method.params if param.name in USUAL}
+    usual = usual_values(method)
     unscaled = {"rescale": False} if takes(method, "rescale") else {}
     cases = [
         spoiled(make_case(method, "spoiled", (66_000,), seed=1, dtypes=(DTYPES[dtype],), **usual, **unscaled)),
