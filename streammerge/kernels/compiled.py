@@ -64,7 +64,8 @@ class Cache:
     directory: Path
 
     def package(self, program: Program, signature: Signature) -> Path:
-        text = f"{program.label} {signature} {_environment()}"
+        # Programs of one label may differ in the shapes of their arguments.
+        text = f"{program.label} {program.arguments} {signature} {_environment()}"
         return self.directory / f"{xxhash.xxh3_128_hexdigest(text.encode())}.pt2"
 
     def load(self, program: Program, signature: Signature, threads: int) -> Run | None:

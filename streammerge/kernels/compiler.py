@@ -37,7 +37,7 @@ class _Flat(torch.nn.Module):
 
 def _example(program: Program, signature: Signature) -> list[Tensor]:
     blocks = 2
-    sizes = [[signature.models if size == "K" else size for size in a.shape] for a in program.arguments]
+    sizes = [[signature.models if size == "K" else int(size) for size in a.shape] for a in program.arguments]
     return flatten(
         program,
         [torch.zeros(blocks, BLOCK, dtype=dtype) for dtype in signature.inputs],

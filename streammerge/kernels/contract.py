@@ -71,10 +71,13 @@ class Tile(NamedTuple):
 
 @dataclass(frozen=True)
 class Argument:
-    """One argument of a program: `shape` counts models as "K"; a `dtype` of None is the work dtype."""
+    """One argument of a program: `shape` counts models as "K"; a `dtype` of None is the work dtype.
+
+    "any" is a size that the tensor decides, for programs by rows only: those are never compiled.
+    """
 
     name: str
-    shape: tuple[int | Literal["K"], ...] = ("K",)
+    shape: tuple[int | Literal["K", "any"], ...] = ("K",)
     dtype: torch.dtype | None = None
 
 

@@ -5,7 +5,7 @@ size descending, then index ascending; NaN counts as infinite. A cut is a thresh
 the entries equal to it, so that exactly k entries stay however many are tied.
 
     sample    a few thousand sizes, spread over the tensor, say where the threshold must be
-    count     per unit, how many sizes are >= each of eight pivots; the threshold's interval shrinks
+    count     per unit, how many sizes are >= each of some pivots; the threshold's interval shrinks
     collect   when few entries are left in the interval, or only tied ones: fetch them and pick the cut
 
 The counts are exact integers and decide alone; the sample only makes it fast (two looks for bf16 inputs, where many
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from streammerge.kernels.contract import BLOCK, Argument, Arguments, Look, Problem, Program, Tile
 
+# For one search of a column.
 PIVOTS = 8
 # So few entries in the interval are fetched and sorted rather than counted again.
 COLLECT_AT_MOST = 1 << 17
@@ -80,7 +81,7 @@ Sizes = Callable[[Tile, Arguments], list[Tensor]]
 
 
 def _count(tile: Tile, arguments: Arguments, sizes: Sizes) -> Tensor:
-    """(blocks, columns, PIVOTS): how many sizes of a block are >= each pivot.
+    """(blocks, columns, pivots): how many sizes of a block are >= each pivot.
 
     float32 holds every count up to 65,536 exactly, and adds them faster than integers. By rows it is one block.
     """
@@ -89,7 +90,7 @@ def _count(tile: Tile, arguments: Arguments, sizes: Sizes) -> Tensor:
     for column, size in enumerate(sizes(tile, arguments)):
         flat = size if size.shape[-1] == BLOCK else size.reshape(1, -1)
         dtype = torch.float32 if flat.shape[-1] <= BLOCK else torch.float64
-        ones = [torch.where(flat >= pivots[column, i], 1.0, 0.0).to(dtype).sum(-1) for i in range(PIVOTS)]
+        ones = [torch.where(flat >= pivots[column, i], 1.0, 0.0).to(dtype).sum(-1) for i in range(pivots.shape[1])]
         counts.append(torch.stack(ones, -1))
     return torch.stack(counts, 1)
 
@@ -104,7 +105,8 @@ def _fetch(tile: Tile, arguments: Arguments, sizes: Sizes) -> Tensor:
 class Quantity:
     """What is ranked: `sizes` gives columns of numbers >= 0, NaN as infinity, each in the shape of the tile.
 
-    `arguments` are what `sizes` needs, beside the pivots.
+    `arguments` are what `sizes` needs, beside the pivots. `searches` is how many cuts of a column are wanted at a time:
+    each has eight pivots of its own.
     """
 
     sizes: Sizes
@@ -112,12 +114,17 @@ class Quantity:
     arguments: tuple[Argument, ...] = ()
     needs_starts: bool = False
     eager_ns: float = 16
+    searches: int = 1
+
+    @property
+    def pivots(self) -> int:
+        return self.searches * PIVOTS
 
     @property
     def counting(self) -> Program:
         return Program(
             _count,
-            (Argument("pivots", (self.columns, PIVOTS)), *self.arguments),
+            (Argument("pivots", (self.columns, self.pivots)), *self.arguments),
             (("sizes", self.sizes),),
             needs_starts=self.needs_starts,
             eager_ns=self.eager_ns,
@@ -222,21 +229,20 @@ def find_cuts(problem: Problem, quantity: Quantity, wanted: Sequence[tuple[int, 
 
     `arguments` are those of the quantity.
     """
-    n, work = problem.elements, problem.work
-    sizes = np.full(problem.units, problem.grain.unit, np.int64)
-    sizes[-1:] -= problem.units * problem.grain.unit - n
-    searches = {i: Search(column, k, sizes, work) for i, (column, k) in enumerate(wanted) if 0 < k < n}
-    if searches:
-        ranking = _Ranking(problem, quantity, arguments or {})
-        sample = yield from ranking.sample()
-        if problem.units == 1:
-            for search in searches.values():
-                search.pick(sample[search.column], np.arange(n), problem.grain.unit, work)
-        else:
-            yield from ranking.narrow_all(list(searches.values()), [np.sort(keys) for keys in sample])
-    return [
-        KEEP_NONE if k <= 0 else KEEP_ALL if k >= n else searches[i].cut or KEEP_NONE for i, (_, k) in enumerate(wanted)
-    ]
+    n = problem.elements
+    found = {i: pair for i, pair in enumerate(wanted) if 0 < pair[1] < n}
+    cuts = yield from _Ranking(problem, quantity, arguments or {}).cuts(list(found.values()))
+    cut_of = dict(zip(found, cuts, strict=True))
+    return [KEEP_NONE if k <= 0 else KEEP_ALL if k >= n else cut_of[i] for i, (_, k) in enumerate(wanted)]
+
+
+def order_statistics(problem: Problem, quantity: Quantity, ranks: Sequence[int],
+                     arguments: Arguments | None = None) -> Looking[list[float]]:  # fmt: skip
+    """The sizes of one column at these ranks, counted from the smallest, which has rank 0."""
+    cuts = yield from _Ranking(problem, quantity, arguments or {}).cuts(
+        [(0, problem.elements - rank) for rank in ranks]
+    )
+    return [cut.threshold for cut in cuts]
 
 
 @dataclass(frozen=True)
@@ -246,6 +252,22 @@ class _Ranking:
     problem: Problem
     quantity: Quantity
     arguments: Arguments
+
+    def cuts(self, wanted: Sequence[tuple[int, int]]) -> Looking[list[Cut]]:
+        """The cut of every (column, k), k from 1 to the number of elements."""
+        if not wanted:
+            return []
+        n, unit, work = self.problem.elements, self.problem.grain.unit, self.problem.work
+        sizes = np.full(self.problem.units, unit, np.int64)
+        sizes[-1] -= self.problem.units * unit - n
+        searches = [Search(column, k, sizes, work) for column, k in wanted]
+        sample = yield from self.sample()
+        if self.problem.units == 1:
+            for search in searches:
+                search.pick(sample[search.column], np.arange(n), unit, work)
+        else:
+            yield from self.narrow_all(searches, [np.sort(keys) for keys in sample])
+        return [search.cut or KEEP_NONE for search in searches]
 
     def sample(self) -> Looking[NDArray[np.int64]]:
         """(columns, samples) keys; of a tensor of one unit, all of them in order."""
@@ -274,7 +296,7 @@ class _Ranking:
             if not counting:
                 yield from self._collect(open_searches)
                 return
-            table, chosen = choose_pivots(counting, sample, round_number, work)
+            table, chosen = choose_pivots(counting, sample, round_number, work, self.quantity.pivots)
             answer = yield Look(self.quantity.counting, {**self.arguments, "pivots": table})
             narrow(chosen, answer.numpy().astype(np.int64))
             round_number += 1
@@ -312,16 +334,20 @@ Chosen = list[tuple[Search, int, list[int]]]
 
 
 def choose_pivots(
-    searches: Sequence[Search], sample: Sequence[NDArray[np.int64]], round_number: int, work: torch.dtype
+    searches: Sequence[Search],
+    sample: Sequence[NDArray[np.int64]],
+    round_number: int,
+    work: torch.dtype,
+    width: int = PIVOTS,
 ) -> tuple[Tensor, Chosen]:
-    """The pivots (columns, PIVOTS) of a round, and which of them are whose: search, first, keys."""
-    table = np.zeros((len(sample), PIVOTS), np.int64)
+    """The pivots (columns, width) of a round, and which of them are whose: search, first, keys."""
+    table = np.zeros((len(sample), width), np.int64)
     chosen: Chosen = []
     for column in sorted({search.column for search in searches}):
-        here = [search for search in searches if search.column == column][: PIVOTS // 2]
+        here = [search for search in searches if search.column == column][: width // 2]
         at = 0
         for search in here:
-            pivots = search.pivots(sample[column], round_number, PIVOTS // len(here))
+            pivots = search.pivots(sample[column], round_number, width // len(here))
             chosen.append((search, at, pivots))
             table[column, at : at + len(pivots)] = pivots
             at += len(pivots)

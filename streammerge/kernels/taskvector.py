@@ -1,8 +1,8 @@
 """The family of task-vector methods: base plus a weighted sum of sparsified deltas, with or without sign election.
 
-For each model i, Δ_i = x_i − b is sparsified to S_i (all of it, its largest entries, or random ones) and, if asked,
-scaled by r_i = Σ|Δ_i| / Σ|S_i|; D_i = w_i s_i r_i S_i, where s_i is 1 unless the method has a scale of its own.
-Without election N = Σ D_i and q = Σ w_i; with it, an element's majority sign is that of Σ D_i (zero counts as
+For each model i, Δ_i = x_i − b is sparsified to S_i (sparsify.py) and, if asked, scaled by r_i = Σ|Δ_i| / Σ|S_i|, or
+by 1/density; D_i = w_i s_i r_i f S_i, where s_i is 1 unless the method has a scale of its own, and f is the factor of
+LiNeS. Without election N = Σ D_i and q = Σ w_i; with it, an element's majority sign is that of Σ D_i (zero counts as
 positive), N sums the D_i of that sign, and q their weights.
 The result is b + λ N, or b + λ N / q when normalised; a q of 0 (without election: below 1e-8) counts as 1.
 """
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from streammerge.kernels.blocksum import block_sum, total
-from streammerge.kernels.chance import keep_limit, keep_mask
 from streammerge.kernels.contract import (
     Argument,
     Arguments,
@@ -29,11 +28,16 @@ from streammerge.kernels.contract import (
     Settings,
     Tile,
 )
-from streammerge.kernels.cut import CUT_ARGUMENTS, MAGNITUDES, cut_arguments, cut_mask, magnitude, magnitude_cuts
+from streammerge.kernels.sparsify import NEEDS, PARAMS, Sparsifier, check, measured, sparse
 
-Sparsifier = Literal["none", "magnitude", "random"]
+LINES_PARAMS = (
+    Param("lines_alpha", "factor on the deltas of the first layer (LiNeS)", 1.0),
+    Param("lines_beta", "what that factor has grown by at the last layer (LiNeS)", 0.0),
+)
 
-_LIMIT = Argument("limit", dtype=torch.int32)
+_RESCALE_BY = Param(
+    "rescale_by", "to the sum of magnitudes (mass), or by 1/density", "mass", kind="text", choices=("mass", "density")
+)
 # Deltas whose sum of magnitudes is smaller are not rescaled, as in mergekit.
 _SMALLEST_MASS = 1e-7
 _SMALLEST_WEIGHT_SUM = 1e-8
@@ -47,6 +51,7 @@ def task_vector_method(name: str, doc: str, *, sparsifier: Sparsifier, election:
     An "optional" election is asked for with `sign_consensus`. `scales` gives every model a `scale` of its own;
     `prunes_vectors` says whether `density` counts for tensors of fewer than two dimensions.
     """
+    draws = NEEDS[sparsifier].keys
 
     def elects(settings: Settings) -> bool:
         return settings.flag("sign_consensus") if election == "optional" else election
@@ -57,8 +62,8 @@ def task_vector_method(name: str, doc: str, *, sparsifier: Sparsifier, election:
     def masks(settings: Settings) -> bool:
         return sparsifier != "none" and any(density < 1 for density in settings.numbers("density"))
 
-    def rescales(settings: Settings) -> bool:
-        return masks(settings) and settings.flag("rescale")
+    def by_mass(settings: Settings) -> bool:
+        return masks(settings) and settings.flag("rescale") and not (draws and settings.text("rescale_by") == "density")
 
     def used(settings: Settings) -> Sparsifier:
         return sparsifier if masks(settings) else "none"
@@ -67,27 +72,25 @@ def task_vector_method(name: str, doc: str, *, sparsifier: Sparsifier, election:
         return _merging(used(settings), elects(settings), elects(settings) and settings.flag("normalize"))
 
     def looks(settings: Settings) -> tuple[Program, ...]:
-        counting = (MAGNITUDES.counting,) if used(settings) == "magnitude" else ()
-        return counting + ((_weighing(used(settings)),) if rescales(settings) else ())
+        ranked = NEEDS[used(settings)].cuts
+        counting = () if ranked is None else (ranked.counting,)
+        return counting + ((_weighing(used(settings)),) if by_mass(settings) else ())
 
     def passes(settings: Settings, narrow: bool) -> int:
-        counting = (1 if narrow else 2) if used(settings) == "magnitude" else 0
-        return 1 + counting + rescales(settings)
+        counting = (1 if narrow else 2) if NEEDS[used(settings)].cuts is not None else 0
+        return 1 + counting + by_mass(settings)
 
     def measure(problem: Problem) -> Measuring:
         settings = problem.settings
         weights, densities = settings.numbers("weight"), settings.numbers("density")
-        arguments: dict[str, Tensor] = {}
-        if used(settings) == "magnitude":
-            cuts = yield from magnitude_cuts(problem, densities)
-            arguments |= cut_arguments(problem, cuts)
-        if used(settings) == "random":
-            arguments["limit"] = torch.tensor([keep_limit(density) for density in densities], dtype=torch.int32)
+        arguments = yield from measured(problem, used(settings))
         factors = [1.0] * problem.models
-        if rescales(settings):
+        if by_mass(settings):
             factors = yield from _rescale_factors(_weighing(used(settings)), arguments, densities)
+        elif masks(settings) and settings.flag("rescale"):
+            factors = [1 / density if 0 < density < 1 else 1.0 for density in densities]
         scaled = zip(weights, scale_of(settings), factors, strict=True)
-        coefficients = [weight * own * factor for weight, own, factor in scaled]
+        coefficients = [weight * own * factor * lines_factor(settings) for weight, own, factor in scaled]
         scale = settings.number("lambda")
         if not elects(settings):
             weight_sum = sum(weights)
@@ -101,24 +104,20 @@ def task_vector_method(name: str, doc: str, *, sparsifier: Sparsifier, election:
         return arguments | {"coefficient": problem.tensor(coefficients)}
 
     def copies(settings: Settings) -> int | None:
-        factor = settings.number("lambda")
+        factor = settings.number("lambda") * lines_factor(settings)
         rows = zip(settings.numbers("weight"), scale_of(settings), settings.numbers("density"), strict=True)
         counting = [
-            (i, weight, weight * own * factor, density)
+            (i, weight * own * factor, density)
             for i, (weight, own, density) in enumerate(rows, 1)
             if weight * own * factor != 0 and (density > 0 or sparsifier == "none")
         ]
         if not counting:
             return 0
-        i, _, coefficient, density = counting[0]
+        i, coefficient, density = counting[0]
         whole = sparsifier == "none" or density >= 1
         # One model's whole delta, once: that is the model.
         alone = len(counting) == 1 and whole and coefficient == 1 and not settings.flag("normalize")
         return i if alone else None
-
-    def check(settings: Settings) -> list[str]:
-        densities = [density for density in settings.numbers("density") if density < 0]
-        return [f"density {density:g} is below 0; it is a share, from 0 to 1" for density in densities]
 
     return Method(
         name=name,
@@ -126,11 +125,14 @@ def task_vector_method(name: str, doc: str, *, sparsifier: Sparsifier, election:
         params=(
             Param("weight", "how strongly the model's delta counts", per_model=True),
             Param("density", density_meaning, 1.0, per_model=True, vectors=prunes_vectors),
+            *PARAMS.get(sparsifier, ()),
             *([Param("scale", "factor on the model's sparsified delta", 1.0, per_model=True)] if scales else []),
             Param("normalize", "divide by the sum of the weights that count", normalize, kind="boolean"),
             Param("lambda", "factor on the merged delta", 1.0),
             Param("rescale", "scale each sparsified delta back to its sum of magnitudes", rescale, kind="boolean"),
+            *([_RESCALE_BY] if draws else []),
             Param("int8_mask", "accepted for mergekit's sake; has no effect here", False, kind="boolean"),
+            *LINES_PARAMS,
             *(
                 [Param("sign_consensus", "elect a sign per element, as TIES does", False, kind="boolean")]
                 if election == "optional"
@@ -145,12 +147,24 @@ def task_vector_method(name: str, doc: str, *, sparsifier: Sparsifier, election:
         passes=passes,
         looks=looks,
         copies=copies,
-        check=check,
+        check=lambda settings: check(settings, sparsifier),
+        by_rows=lambda settings: used(settings) == "ranked",
+        by_depth=by_depth,
     )
 
 
+def lines_factor(settings: Settings) -> float:
+    """What LiNeS multiplies deltas by: α at the first layer, α + β at the last."""
+    return settings.number("lines_alpha") + settings.number("lines_beta") * settings.depth
+
+
+def by_depth(settings: Settings) -> bool:
+    """Whether that factor differs by layer."""
+    return settings.number("lines_beta") != 0
+
+
 def _merging(sparsifier: Sparsifier, election: bool, normalize: bool) -> Program:
-    arguments = [Argument("coefficient"), *_mask_arguments(sparsifier)]
+    arguments = [Argument("coefficient"), *NEEDS[sparsifier].arguments]
     if election:
         arguments.append(Argument("lambda", (1,)))
     if normalize:
@@ -160,8 +174,8 @@ def _merging(sparsifier: Sparsifier, election: bool, normalize: bool) -> Program
         tuple(arguments),
         (("election", election), ("normalize", normalize), ("sparsifier", sparsifier)),
         merges=True,
-        needs_starts=sparsifier == "magnitude",
-        needs_keys=sparsifier == "random",
+        needs_starts=NEEDS[sparsifier].starts,
+        needs_keys=NEEDS[sparsifier].keys,
         eager_ns=22 if election else 4,
     )
 
@@ -169,49 +183,27 @@ def _merging(sparsifier: Sparsifier, election: bool, normalize: bool) -> Program
 def _weighing(sparsifier: Sparsifier) -> Program:
     return Program(
         _weigh,
-        _mask_arguments(sparsifier),
+        NEEDS[sparsifier].arguments,
         (("sparsifier", sparsifier),),
-        needs_starts=sparsifier == "magnitude",
-        needs_keys=sparsifier == "random",
+        needs_starts=NEEDS[sparsifier].starts,
+        needs_keys=NEEDS[sparsifier].keys,
         eager_ns=18,
     )
 
 
-def _mask_arguments(sparsifier: Sparsifier) -> tuple[Argument, ...]:
-    return {"none": (), "magnitude": CUT_ARGUMENTS, "random": (_LIMIT,)}[sparsifier]
-
-
-def _masks(tile: Tile, deltas: list[Tensor], arguments: Arguments, sparsifier: Sparsifier) -> list[Tensor]:
-    """For each model which entries stay."""
-    if sparsifier == "magnitude":
-        assert tile.starts is not None
-        return [
-            cut_mask(magnitude(delta), tile.starts, arguments["threshold"][i], arguments["last"][i])
-            for i, delta in enumerate(deltas)
-        ]
-    assert tile.keys is not None
-    return [keep_mask(tile.keys[:, i], arguments["limit"][i], delta.shape[-1]) for i, delta in enumerate(deltas)]
-
-
-def _sparse(tile: Tile, arguments: Arguments, sparsifier: Sparsifier) -> list[Tensor]:
-    deltas = tile.deltas()
-    if sparsifier == "none":
-        return deltas
-    masks = _masks(tile, deltas, arguments, sparsifier)
-    return [torch.where(mask, delta, 0.0) for mask, delta in zip(masks, deltas, strict=True)]
-
-
 def _weigh(tile: Tile, arguments: Arguments, sparsifier: Sparsifier) -> Tensor:
     """(blocks, 2 · models) float64: Σ|Δ_i| and Σ|S_i| of each block."""
-    before = [block_sum(delta.abs()) for delta in tile.deltas()]
-    after = [block_sum(sparse.abs()) for sparse in _sparse(tile, arguments, sparsifier)]
-    return torch.stack(before + after, -1)
+    values = tile.deltas() + sparse(tile, arguments, sparsifier)
+    if sparsifier == "ranked":
+        # By rows a unit is one block.
+        values = [value.reshape(1, -1) for value in values]
+    return torch.stack([block_sum(value.abs()) for value in values], -1)
 
 
 def _merge(tile: Tile, arguments: Arguments, sparsifier: Sparsifier, election: bool, normalize: bool) -> Tensor:
     assert tile.base is not None
     coefficients = arguments["coefficient"]
-    parts = [sparse * coefficients[i] for i, sparse in enumerate(_sparse(tile, arguments, sparsifier))]
+    parts = [delta * coefficients[i] for i, delta in enumerate(sparse(tile, arguments, sparsifier))]
     merged = torch.zeros_like(tile.base)
     for part in parts:
         merged = merged + part

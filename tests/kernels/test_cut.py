@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,18 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from streammerge.kernels.contract import BLOCK, Problem, Settings
-from streammerge.kernels.cut import COLLECT_AT_MOST, KEEP_ALL, KEEP_NONE, Cut, cut_mask, magnitude, magnitude_cuts
+from streammerge.kernels.contract import BLOCK, Problem, Settings, grain_of
+from streammerge.kernels.cut import (
+    COLLECT_AT_MOST,
+    KEEP_ALL,
+    KEEP_NONE,
+    MAGNITUDES,
+    Cut,
+    cut_mask,
+    magnitude,
+    magnitude_cuts,
+    order_statistics,
+)
 from tests.kernels.looking import Memory, block_starts, in_blocks
 from tests.methods.oracles import top
 
@@ -202,3 +213,17 @@ def test_hostile_float64_values_are_cut_exactly_in_an_end_of_looks() -> None:
 def test_little_is_fetched_beside_the_full_looks() -> None:
     memory = assert_exact(torch.from_numpy(normal(TEN_BLOCKS)).float(), [0.3])
     assert memory.elements_in_spans <= BLOCK + COLLECT_AT_MOST
+
+
+@pytest.mark.parametrize("shape", [(1,), (4,), (70_001,), (300, 1001), (9, 70_000)])
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_order_statistics_are_those_of_a_sort(shape: tuple[int, ...], by_rows: bool) -> None:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(4)).bfloat16().float()
+    n = values.numel()
+    grain = grain_of(shape, by_rows=by_rows)
+    problem = Problem(n, 1, Settings({}, {}), torch.float32, grain)
+    ranks = [0, (n - 1) // 4, (n - 1) // 2, 3 * (n - 1) // 4, n - 1]
+    memory = Memory([torch.zeros(shape), values], grain=grain)
+    found = memory.solve(order_statistics(problem, replace(MAGNITUDES, searches=len(ranks)), ranks))
+    assert found == values.abs().reshape(-1).sort().values[ranks].tolist()
+    assert memory.full_looks <= 4

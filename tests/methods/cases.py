@@ -48,6 +48,14 @@ USUAL: dict[str, Value | tuple[Value, ...]] = {
     "decay": 0.3517,
     "r": 0.2917,
     "alpha": 0.6113,
+    "select_topk": 0.4337,
+    "equal_below": 1e-9,
+    "lines_alpha": 0.9137,
+}
+# What goes for parameters per model only.
+_USUAL_PER_MODEL: dict[str, tuple[Value, ...]] = {
+    "gamma": (0.0371, 0.25, 0.0113, 0.5),
+    "epsilon": (0.1107, 0.2513, 0.15, 0.0709),
 }
 # What only one method means by a name.
 _OWN: dict[str, dict[str, Value]] = {
@@ -65,6 +73,9 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "one": (1,),
     "sixty-three": (63,),
     "cube": (3, 5, 7),
+    "rows": (70, 999),
+    "wide rows": (3, 65541),
+    "column": (77, 1),
     "block": (65536,),
     "block and one": (65537,),
     "blocks": (2, 131, 1021),
@@ -121,7 +132,8 @@ def make_case(method: Method, label: str, shape: Sequence[int], *, seed: int, mo
 
 def usual(method: Method) -> dict[str, Value | tuple[Value, ...]]:
     """A value for every parameter that has one in USUAL."""
-    known = {param.name: USUAL[param.name] for param in method.params if param.name in USUAL}
+    pairs = [(param, {**USUAL, **_USUAL_PER_MODEL} if param.per_model else USUAL) for param in method.params]
+    known = {param.name: values[param.name] for param, values in pairs if param.name in values}
     return known | _OWN.get(method.name, {})
 
 
@@ -152,6 +164,14 @@ def sees_rows(method: Method, parameters: Mapping[str, Any]) -> bool:
 def takes(method: Method, *parameters: str) -> bool:
     """Whether the method has all these parameters."""
     return set(parameters) <= {param.name for param in method.params}
+
+
+def fits(method: Method, parameters: Mapping[str, Any]) -> bool:
+    """Whether the method has all these parameters, and those with a value per model are per model."""
+    per_model = {param.name for param in method.params if param.per_model}
+    return takes(method, *parameters) and all(
+        name in per_model for name, value in parameters.items() if isinstance(value, tuple)
+    )
 
 
 def settings_of(method: Method, case: Case) -> Settings:

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -42,6 +43,7 @@ class Given:
     work: type[np.floating] = np.float32
     seed: int = 0
     shape: tuple[int, ...] = ()
+    depth: float = 0.0
 
     def numbers(self, name: str) -> list[float]:
         return [float(value) for value in self.each[name] if value is not None]
@@ -62,6 +64,10 @@ class Given:
     def on_base(self, merged: Array) -> Array:
         """What was merged of `vectors`, on the base where there is one."""
         return merged if self.base is None else self.base + merged
+
+    def rows(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Flat values as rows along the last dimension; a vector is one row."""
+        return values.reshape(-1, max(1, self.shape[-1]) if self.shape else 1)
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,7 @@ def slerp(given: Given) -> Expected:
 
 def task_arithmetic(given: Given) -> Expected:
     """y = b + λ Σ w_i Δ_i, divided by Σ w_i if normalised. Nothing is sparsified, whatever the density."""
-    return _summed(given, given.deltas())
+    return _summed(given, [delta * _lines(given) for delta in given.deltas()])
 
 
 def ties(given: Given) -> Expected:
@@ -328,6 +334,104 @@ def average(given: Given) -> Expected:
     return decided(_weighted(shares, models) / sum(shares))
 
 
+def breadcrumbs(given: Given) -> Expected:
+    """Drop the outliers and the small entries, add up."""
+    return _summed(given, _rescaled(given, [_crumbs(given, i) for i in range(len(given.models))]))
+
+
+def breadcrumbs_ties(given: Given) -> Expected:
+    """Drop the outliers and the small entries, elect a sign, merge what agrees."""
+    return _elected(given, _rescaled(given, [_crumbs(given, i) for i in range(len(given.models))]))
+
+
+def della(given: Given) -> Expected:
+    """Drop entries by chance and rank, rescale, elect a sign, merge what agrees."""
+    return _elected(given, _rescaled(given, [_drawn_by_rank(given, i) for i in range(len(given.models))]))
+
+
+def della_linear(given: Given) -> Expected:
+    """Drop entries by chance and rank, rescale, add up."""
+    return _summed(given, _rescaled(given, [_drawn_by_rank(given, i) for i in range(len(given.models))]))
+
+
+def localize_and_stitch(given: Given) -> Expected:
+    """y = b + λ f Σ w_i m_i Δ_i / Σ w_i m_i, m_i the largest entries, a sum of weights of 0 counting as 1."""
+    assert given.base is not None
+    masks = np.array([_largest(given, i) for i in range(len(given.models))]).reshape(len(given.models), len(given.base))
+    deltas = np.array(given.deltas()).reshape(masks.shape)
+    weights = np.array(given.numbers("weight"))[:, None]
+    overlap = (weights * masks).sum(0)
+    merged = np.where(masks, weights * deltas, 0.0).sum(0) / np.where(overlap == 0, 1.0, overlap)
+    return decided(given.base + given.number("lambda") * _lines(given) * merged)
+
+
+def sce(given: Given) -> Expected:
+    """Select where models differ most, weigh them by their mean squares, merge what has the sign of the sum."""
+    assert given.base is not None
+    deltas, topk = np.array(given.deltas()), given.number("select_topk")
+    if topk < 1:
+        spread = np.sqrt(np.var(deltas, axis=0)).astype(given.work)
+        spread = np.where(np.isnan(spread), np.inf, spread)
+        selected = np.zeros(len(given.base), bool)
+        selected[np.argsort(-spread, kind="stable")[: max(0, int(topk * np.count_nonzero(spread)))]] = True
+        deltas = np.where(selected, deltas, 0.0)
+    means = (deltas * deltas).mean(1) if deltas.size else np.zeros(len(deltas))
+    equal = means.sum() < given.number("equal_below") or means.sum() == 0
+    weights = (np.full(len(means), 1 / len(means)) if equal else means / means.sum())[:, None]
+    ballot = deltas.sum(0)
+
+    def merged(positive: NDArray[np.bool_]) -> Array:
+        assert given.base is not None
+        agrees = np.where(positive, deltas > 0, deltas < 0)
+        total, weight_sum = np.where(agrees, weights * deltas, 0.0).sum(0), np.where(agrees, weights, 0.0).sum(0)
+        return given.base + _lines(given) * total / np.maximum(weight_sum, 1e-6)
+
+    right = merged(ballot >= 0)
+    return Expected(right, np.where(_undecided(given, list(deltas), ballot), merged(ballot < 0), right))
+
+
+def arcee_fusion(given: Given) -> Expected:
+    """x where |Δ| · KL of the row is at least median + 1.5 (q3 − q1), else b."""
+    assert given.base is not None
+    (delta,) = given.deltas()
+    if not len(delta):
+        return decided(given.base)
+    divergence = _divergence(given.rows(given.base), given.rows(delta)).astype(np.float32).astype(np.float64)
+    shown = given.rows(np.abs(delta).astype(given.work).astype(np.float64))
+    importance = (shown * divergence[:, None]).reshape(-1)
+    importance = np.where(np.isnan(importance), np.inf, importance)
+    upwards, n = np.sort(importance), len(importance)
+    low, median, high = (upwards[math.floor(q * (n - 1))] for q in (0.25, 0.5, 0.75))
+    threshold = median + 1.5 * (high - low)
+    kept, left = given.models[0], given.base
+    right = importance >= threshold
+    # A divergence may be rounded otherwise. In a single row that is a factor on everything, and in float32 products
+    # are exact.
+    open_ended = np.abs(importance - threshold) <= 4 * np.finfo(np.float32).eps * threshold
+    if len(divergence) == 1:
+        open_ended &= (given.work is np.float64) & (np.abs(importance - threshold) <= 1e-15 * threshold)
+    open_ended &= (importance > 0) & np.isfinite(importance)
+    return Expected(np.where(right, kept, left), np.where(right ^ open_ended, kept, left))
+
+
+def _divergence(base: Array, delta: Array) -> NDArray[np.longdouble]:
+    """Σ p' ln(p'/q') of every row, p' and q' the softmax of base + Δ and of base, each plus 1e-8, in 80 bits.
+
+    Written with what stays exact when Δ is small: p = q e^d with d = Δ − ln Σ q e^Δ, and p'/q' = 1 + t.
+    """
+    wide, step = base.astype(np.longdouble), delta.astype(np.longdouble)
+    q = np.exp(wide - wide.max(1, keepdims=True))
+    q /= q.sum(1, keepdims=True)
+    d = step - np.log1p((q * np.expm1(step)).sum(1, keepdims=True))
+    smoothed = q + np.longdouble("1e-8")
+    t = q * np.expm1(d) / smoothed
+    # (1 + t) ln(1 + t) less t, which sums to nothing as p and q both sum to 1; a series where those cancel.
+    excess = np.where(
+        np.abs(t) < 1e-3, t**2 / 2 - t**3 / 6 + t**4 / 12 - t**5 / 20 + t**6 / 30, (1 + t) * np.log1p(t) - t
+    )
+    return (smoothed * excess).sum(1)
+
+
 ORACLES: dict[str, Callable[[Given], Expected]] = {
     "linear": linear,
     "passthrough": passthrough,
@@ -347,6 +451,13 @@ ORACLES: dict[str, Callable[[Given], Expected]] = {
     "ramplus_tl": ramplus_tl,
     "consensus": consensus,
     "average": average,
+    "sce": sce,
+    "arcee_fusion": arcee_fusion,
+    "breadcrumbs": breadcrumbs,
+    "breadcrumbs_ties": breadcrumbs_ties,
+    "della": della,
+    "della_linear": della_linear,
+    "localize_and_stitch": localize_and_stitch,
 }
 
 # --- vectors and directions ------------------------------------------------------------------------------------------
@@ -421,15 +532,57 @@ def _drawn(given: Given, i: int) -> NDArray[np.bool_]:
     return drawn_mask(given.seed, given.name, i, len(given.models[i]), density)
 
 
+def _crumbs(given: Given, i: int) -> NDArray[np.bool_]:
+    """Sorted upwards: n_bot entries go, int(density · n) stay, the rest go; n_bot = n − keep − int(gamma · n) or 0."""
+    delta, density, gamma = given.deltas()[i], given.numbers("density")[i], given.numbers("gamma")[i]
+    n = len(delta)
+    if density >= 1:
+        return np.ones(n, bool)
+    sizes = np.abs(delta).astype(given.work)
+    upwards = np.argsort(-np.where(np.isnan(sizes), np.inf, sizes), kind="stable")[::-1]
+    keep = int(density * n)
+    bottom = max(0, n - keep - int(gamma * n))
+    kept = np.zeros(n, bool)
+    kept[upwards[bottom : bottom + keep]] = True
+    return kept
+
+
+def _drawn_by_rank(given: Given, i: int) -> NDArray[np.bool_]:
+    """Rank r of the m of a row, 1 for the smallest: kept with probability density − ε + 2ε (r − 1)/(m − 1)."""
+    delta, density, epsilon = given.deltas()[i], given.numbers("density")[i], given.numbers("epsilon")[i]
+    if density >= 1 or density <= 0:
+        return np.full(len(delta), density >= 1)
+    sizes = given.rows(np.abs(delta).astype(given.work))
+    rows, m = sizes.shape
+    downwards = np.argsort(-np.where(np.isnan(sizes), np.inf, sizes), axis=-1, kind="stable")
+    rank = m - np.argsort(downwards, axis=-1)
+    probability = density - epsilon + 2 * epsilon * (rank - 1) / (m - 1) if m > 1 else np.full((rows, m), density)
+    # The bits belong to a place in a unit: as many rows as 65,536 elements hold, and at least one.
+    unit = max(1, BLOCK // m) * m
+    bits = random_bits(given.seed, given.name, i, len(delta), unit)
+    return (bits >> np.uint32(1)).astype(np.int64) < np.rint(probability.reshape(-1) * 2.0**31)
+
+
+def _lines(given: Given) -> float:
+    """LiNeS: α + β · depth."""
+    return given.number("lines_alpha") + given.number("lines_beta") * given.depth
+
+
 def _rescaled(given: Given, masks: list[NDArray[np.bool_]]) -> list[Array]:
-    """The deltas under their masks, scaled back to their sums of magnitudes, unless dense or all but empty."""
+    """The deltas under their masks, scaled back to their sums of magnitudes, unless dense or all but empty.
+
+    Or by 1/density where asked; and, whatever else, by the factor of LiNeS.
+    """
     sparse = []
     for delta, mask, density in zip(given.deltas(), masks, given.numbers("density"), strict=True):
         kept = np.where(mask, delta, 0.0)
         before, after = np.abs(delta).sum(), np.abs(kept).sum()
-        if given.shared["rescale"] and density < 1 and not (before < 1e-7 or after < 1e-7):
-            kept = kept * (before / after)
-        sparse.append(kept)
+        if given.shared["rescale"] and density < 1:
+            if given.shared.get("rescale_by") == "density":
+                kept = kept / density if density > 0 else kept
+            elif not (before < 1e-7 or after < 1e-7):
+                kept = kept * (before / after)
+        sparse.append(kept * _lines(given))
     return sparse
 
 
@@ -487,17 +640,20 @@ def drawn_mask(seed: int, name: str, position: int, elements: int, density: floa
     return (bits >> np.uint32(1)).astype(np.int64) < round(density * 2**31)
 
 
-def random_bits(seed: int, name: str, position: int, elements: int) -> NDArray[np.uint32]:
-    """32 bits per element. stream key: xxh3 of seed, position and name; block key: splitmix64; bits: murmur3, twice."""
+def random_bits(seed: int, name: str, position: int, elements: int, unit: int = BLOCK) -> NDArray[np.uint32]:
+    """32 bits per element. stream key: xxh3 of seed, position and name; block key: splitmix64; bits: murmur3, twice.
+
+    `unit` is how many elements a block has.
+    """
     stream = np.uint64(xxhash.xxh3_64_intdigest(f"{seed}\0{position}\0{name}".encode()))
-    blocks = -(-elements // BLOCK)
+    blocks = -(-elements // unit)
     # splitmix64: the state advances by the golden gamma with every block, and is finalised.
     state = stream + (np.arange(blocks, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     key = state ^ (state >> np.uint64(31))
     low, high = (key & np.uint64(0xFFFFFFFF)).astype(np.uint32), (key >> np.uint64(32)).astype(np.uint32)
-    index = np.arange(BLOCK, dtype=np.uint32)
+    index = np.arange(unit, dtype=np.uint32)
     bits = _murmur3(_murmur3(index[None, :] ^ low[:, None]) ^ high[:, None])
     return bits.reshape(-1)[:elements]
 

@@ -264,6 +264,85 @@ def test_average(tmp_path: Path, parameters: dict[str, Any], expected: list[floa
     assert merged(tmp_path, "average", None, *models, **parameters) == pytest.approx(expected)
 
 
+def test_breadcrumbs_drops_the_largest_and_the_small(tmp_path: Path) -> None:
+    delta = [5.0, -4.0, 3.0, 2.0, 1.0, 0.0, -6.0, 7.0, 8.0, -9.0]
+    found = merged(tmp_path, "breadcrumbs", [0.0] * 10, delta, weight=(2.0,), density=0.3, gamma=0.2)
+    # The two largest go, the next three stay.
+    assert found == [10.0, 0.0, 0.0, 0.0, 0.0, 0.0, -12.0, 14.0, 0.0, 0.0]
+
+
+def test_breadcrumbs_drops_fewer_outliers_where_the_density_asks_for_them(tmp_path: Path) -> None:
+    found = merged(tmp_path, "breadcrumbs", [0.0] * 4, [4.0, 3.0, 2.0, 1.0], weight=(1.0,), density=0.75, gamma=0.9)
+    assert found == [0.0, 3.0, 2.0, 1.0]
+
+
+def test_breadcrumbs_takes_the_first_of_equal_magnitudes_for_the_larger(tmp_path: Path) -> None:
+    found = merged(tmp_path, "breadcrumbs", [0.0] * 4, [1.0, -1.0, 1.0, 1.0], weight=(1.0,), density=0.5, gamma=0.25)
+    assert found == [0.0, -1.0, 1.0, 0.0]
+
+
+def test_breadcrumbs_ties(tmp_path: Path) -> None:
+    found = merged(tmp_path, "breadcrumbs_ties", [0.0] * 4, [9.0, 3.0, 2.0, 1.0], [-1.0, -4.0, 8.0, -0.5],
+                   weight=(1.0, 1.0), density=0.5, gamma=0.25)  # fmt: skip
+    # [0, 3, 2, 0] and [-1, -4, 0, 0]; not normalised.
+    assert found == [-1.0, -4.0, 2.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["della", "della_linear"])
+def test_della_keeps_large_entries_more_often(tmp_path: Path, name: str) -> None:
+    found = merged(tmp_path, name, [0.0] * 4000, [float(i) for i in range(1, 4001)],
+                   weight=(1.0,), density=0.5, epsilon=0.4, rescale=False)  # fmt: skip
+    small, large = (sum(value != 0 for value in half) for half in (found[:2000], found[2000:]))
+    # Of 2000 each with mean probabilities of 0.3 and 0.7.
+    assert small == pytest.approx(600, abs=100)
+    assert large == pytest.approx(1400, abs=100)
+
+
+@pytest.mark.parametrize("name", ["della_linear", "dare_linear"])
+def test_rescaled_by_density_every_entry_that_stays_is_divided_by_it(tmp_path: Path, name: str) -> None:
+    found = merged(tmp_path, name, [0.0] * 1000, [3.0] * 1000, weight=(1.0,), density=0.75, rescale_by="density")
+    assert set(found) == {0.0, 4.0}
+
+
+def test_localize_and_stitch_averages_overlaps(tmp_path: Path) -> None:
+    found = merged(tmp_path, "localize_and_stitch", [1.0] * 4, [5.0, 1.5, 4.0, 1.0], [2.0, 1.25, 9.0, -5.0],
+                   weight=(1.0, 3.0), density=0.5)  # fmt: skip
+    # Grafts of 4 and 3, and of 8 and -6; where both lie (3 + 3 · 8) / 4.
+    assert found == [5.0, 1.0, 7.75, -5.0]
+
+
+def test_lines_scales_deltas(tmp_path: Path) -> None:
+    assert merged(tmp_path, "task_arithmetic", [1.0], [3.0], weight=(0.5,), lines_alpha=0.25) == [1.25]
+
+
+def test_sce_weighs_by_squares_and_erases_minorities(tmp_path: Path) -> None:
+    found = merged(tmp_path, "sce", [0.0] * 3, [1.0, 1.0, 0.0], [3.0, -3.0, 0.0])
+    # Mean squares 2/3 and 6: weights 0.1 and 0.9.
+    assert found == pytest.approx([2.8, -3.0, 0.0])
+
+
+def test_sce_selects_where_the_models_differ_most(tmp_path: Path) -> None:
+    found = merged(tmp_path, "sce", [0.0] * 5, [1.0, 5.0, 2.0, 3.0, 0.0], [1.0, 4.0, 4.0, -3.0, 4.0], select_topk=0.5)
+    # Four entries differ and two stay: by 6 and by 4. Mean squares 9 and 9 + 16.
+    assert found == pytest.approx([0.0, 0.0, 0.0, 3.0, 4.0])
+
+
+def test_sce_merges_small_deltas_with_equal_weights_unless_told_otherwise(tmp_path: Path) -> None:
+    found = merged(tmp_path, "sce", [0.0], [2.0**-12], [3 * 2.0**-12])
+    assert found == pytest.approx([2 * 2.0**-12])
+    (tmp_path / "paper").mkdir()
+    found = merged(tmp_path / "paper", "sce", [0.0], [2.0**-12], [3 * 2.0**-12], equal_below=0.0)
+    assert found == pytest.approx([2.8 * 2.0**-12])
+
+
+def test_arcee_fusion_takes_over_what_is_far_above_the_median(tmp_path: Path) -> None:
+    found = merged(tmp_path, "arcee_fusion", [0.0] * 12, [float(i) for i in range(12)])
+    # One row, so all depends on |Δ| = 0 … 11: quartiles 2, 5, 8, threshold 14.
+    assert found == [0.0] * 12
+    (tmp_path / "far").mkdir()
+    assert merged(tmp_path / "far", "arcee_fusion", [0.0] * 12, [*map(float, range(11)), 14.0]) == [0.0] * 11 + [14.0]
+
+
 @pytest.mark.parametrize(("dtype", "bit"), [("bfloat16", 8), ("float16", 11)])
 def test_a_float64_is_rounded_once(tmp_path: Path, dtype: str, bit: int) -> None:
     # Just above the middle between 1 and the next number, by less than a float32 can tell.

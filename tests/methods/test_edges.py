@@ -14,7 +14,20 @@ import torch
 from torch import Tensor
 
 from streammerge.kernels.contract import Method
-from tests.methods.cases import DTYPES, FORMS, Case, make, make_case, merge, profiles, sees_rows, takes, usual
+from tests.methods.cases import (
+    DTYPES,
+    FORMS,
+    Case,
+    fits,
+    make,
+    make_case,
+    merge,
+    profiles,
+    sees_rows,
+    settings_of,
+    takes,
+    usual,
+)
 from tests.methods.closeness import assert_equals_oracle
 
 every_method = pytest.mark.parametrize("name", FORMS)
@@ -42,6 +55,22 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     # 1 - 2⁻¹⁰: the sum is exact in float32, too.
     "weights that nearly sum to 0": {"weight": (1.0, -0.9990234375, 0.0, 0.0), "normalize": True},
     "large weights": {"weight": (1e6, 2e6, 1e6, 1e6)},
+    "select_topk 0": {"select_topk": 0.0},
+    "select_topk 1": {"select_topk": 1.0},
+    "select_topk above 1": {"select_topk": 1.5},
+    "negative select_topk": {"select_topk": -0.5},
+    "select_topk that keeps one entry": {"select_topk": 1.6e-5},
+    "select_topk that keeps none": {"select_topk": 1e-9},
+    "equal_below 0": {"equal_below": 0.0},
+    "equal_below that many stay under": {"equal_below": 1.0},
+    "gamma 0": {"gamma": 0.0},
+    "gamma 1": {"gamma": 1.0},
+    "gamma that leaves too few": {"gamma": 0.8, "density": 0.6},
+    "gamma with rescale": {"gamma": 0.2, "rescale": True},
+    "epsilon 0": {"epsilon": 0.0},
+    "negative epsilon": {"epsilon": (-0.1, 0.15, -0.05, 0.05)},
+    "lines_alpha 0": {"lines_alpha": 0.0},
+    "negative lines_alpha": {"lines_alpha": -0.7717},
     "lambda 0": {"lambda": 0.0},
     "negative lambda": {"lambda": -1.2503},
     "t 0": {"t": 0.0},
@@ -62,7 +91,6 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "large tol": {"tol": 0.5},
     "small tol": {"tol": 1e-12},
     "t below 1e-6": {"t": 3e-7},
-    "epsilon 0": {"epsilon": 0.0},
     "alpha 0": {"alpha": 0.0},
     "a consensus of one": {"consensus": 1},
     "a consensus of none": {"consensus": 0},
@@ -139,8 +167,12 @@ _NOTHING = ("zero models", "one short vector")
 
 def edge_cases(method: Method, dtype: torch.dtype) -> Iterator[Case]:
     for seed, (label, parameters) in enumerate(PARAMETERS.items()):
-        if takes(method, *parameters):
-            yield make_case(method, label, (66_000,), seed=seed, dtypes=(dtype,), **{**usual(method), **parameters})
+        if not fits(method, parameters):
+            continue
+        case = make_case(method, label, (66_000,), seed=seed, dtypes=(dtype,), **{**usual(method), **parameters})
+        # What a method refuses is no case.
+        if not method.check(settings_of(method, case)):
+            yield case
     for seed, (label, change) in enumerate(VALUES.items()):
         cancels = method.base == "required" and method.name in _AGREEING and label in _NOTHING
         if cancels and dtype == torch.bfloat16:

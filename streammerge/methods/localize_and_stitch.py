@@ -1,0 +1,102 @@
+"""Localize-and-Stitch without data: graft the largest entries of each delta onto the base, and average overlaps.
+
+    y = b + λ Σ w_i m_i Δ_i / Σ w_i m_i
+
+m_i marks exactly max(1, int(density · n)) entries of largest magnitude of model i's delta; among equal magnitudes the
+lower index stays. Where no mask lies the base stays; a sum of weights of 0 counts as 1. The paper also trains masks on
+data and ranks over the whole model; here every tensor is ranked for itself. He et al., "Localize-and-Stitch" (2024).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from streammerge.kernels.contract import (
+    Argument,
+    Arguments,
+    Measuring,
+    Method,
+    Param,
+    Problem,
+    Program,
+    Settings,
+    Tile,
+)
+from streammerge.kernels.cut import CUT_ARGUMENTS, MAGNITUDES, cut_arguments, cut_mask, magnitude, magnitude_cuts
+from streammerge.kernels.sparsify import check
+from streammerge.kernels.taskvector import LINES_PARAMS, by_depth, lines_factor
+
+
+def stitched(tile: Tile, arguments: Arguments) -> Tensor:
+    """b + λ Σ w_i m_i Δ_i / Σ w_i m_i."""
+    assert tile.base is not None
+    assert tile.starts is not None
+    merged, weight_sum = torch.zeros_like(tile.base), torch.zeros_like(tile.base)
+    for i, delta in enumerate(tile.deltas()):
+        mask = cut_mask(magnitude(delta), tile.starts, arguments["threshold"][i], arguments["last"][i])
+        merged = merged + torch.where(mask, delta * arguments["weight"][i], 0.0)
+        weight_sum = weight_sum + torch.where(mask, arguments["weight"][i], 0.0)
+    return tile.base + merged / torch.where(weight_sum == 0, 1.0, weight_sum) * arguments["lambda"]
+
+
+_PROGRAM = Program(
+    stitched,
+    (Argument("weight"), Argument("lambda", (1,)), *CUT_ARGUMENTS),
+    merges=True,
+    needs_starts=True,
+    eager_ns=20,
+)
+
+
+def _factor(settings: Settings) -> float:
+    return settings.number("lambda") * lines_factor(settings)
+
+
+def _measure(problem: Problem) -> Measuring:
+    settings = problem.settings
+    cuts = yield from magnitude_cuts(problem, settings.numbers("density"))
+    return cut_arguments(problem, cuts) | {
+        "weight": problem.tensor(settings.numbers("weight")),
+        "lambda": problem.tensor([_factor(settings)]),
+    }
+
+
+def _cuts(settings: Settings) -> bool:
+    return any(0 < density < 1 for density in settings.numbers("density"))
+
+
+def _passes(settings: Settings, narrow: bool) -> int:
+    return 1 + (1 if narrow else 2) * _cuts(settings)
+
+
+def _copies(settings: Settings) -> int | None:
+    rows = zip(settings.numbers("weight"), settings.numbers("density"), strict=True)
+    counting = [(i, density) for i, (weight, density) in enumerate(rows, 1) if weight != 0 and density > 0]
+    if not counting or _factor(settings) == 0:
+        return 0
+    i, density = counting[0]
+    # Divided by its own weight.
+    return i if len(counting) == 1 and density >= 1 and _factor(settings) == 1 else None
+
+
+LOCALIZE_AND_STITCH = Method(
+    name="localize_and_stitch",
+    doc=__doc__,
+    params=(
+        Param("weight", "the model's share where masks overlap", 1.0, per_model=True),
+        Param("density", "the share of the delta's entries that are grafted, the largest ones", 0.05, per_model=True),
+        Param("lambda", "factor on the merged delta", 1.0),
+        *LINES_PARAMS,
+    ),
+    base="required",
+    min_models=0,
+    max_models=None,
+    program=lambda settings: _PROGRAM,
+    measure=_measure,
+    passes=_passes,
+    looks=lambda settings: (MAGNITUDES.counting,) if _cuts(settings) else (),
+    copies=_copies,
+    check=lambda settings: check(settings, "magnitude"),
+    by_depth=by_depth,
+)

@@ -1,0 +1,53 @@
+"""Values by rank follow one total order, and the quick way to it equals the plain one."""
+
+from __future__ import annotations
+
+from timeit import repeat
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from streammerge.kernels.rank import by_rank
+
+_GENERATOR = torch.Generator().manual_seed(3)
+SIZES = {
+    "random": torch.rand(7, 513, generator=_GENERATOR),
+    "few distinct": torch.randint(0, 3, (5, 300), generator=_GENERATOR).float(),
+    "all equal": torch.ones(3, 17),
+    "zeros of both signs": torch.tensor([[0.0, -0.0, 1.0, -0.0, 0.0]]),
+    "subnormal and infinite": torch.tensor([[1e-45, float("inf"), 0.0, 3e38, 1e-40, float("inf")]]),
+    "one entry": torch.rand(9, 1, generator=_GENERATOR),
+    "wider than a block": torch.rand(1, 70_000, generator=_GENERATOR),
+}
+
+
+def table(width: int) -> Tensor:
+    return torch.arange(width, dtype=torch.int32) * 3
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_largest_comes_first_and_of_equal_ones_the_first(name: str, dtype: torch.dtype) -> None:
+    sizes = SIZES[name].to(dtype)
+    found = by_rank(sizes, table(sizes.shape[1])).numpy()
+    for row, values in zip(sizes.numpy(), found, strict=True):
+        order = np.argsort(-row, kind="stable")
+        assert np.array_equal(values[order], np.arange(len(row)) * 3)
+
+
+def test_a_table_of_one_value_needs_no_order() -> None:
+    sizes = SIZES["random"]
+    assert torch.equal(by_rank(sizes, torch.full((513,), 5)), torch.full((7, 513), 5))
+
+
+def test_ranks_of_float32_are_quick() -> None:
+    # 0.4 ms measured for a unit of 65,536 where a stable sort took 2.7 ms; this must hold on a busy machine, too.
+    sizes = torch.rand(32, 2048, generator=_GENERATOR)
+    values = table(2048)
+
+    def plain() -> Tensor:
+        return torch.sort(sizes, dim=-1, descending=True, stable=True).indices
+
+    assert min(repeat(lambda: by_rank(sizes, values), number=5, repeat=7)) < min(repeat(plain, number=5, repeat=7))
