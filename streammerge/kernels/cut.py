@@ -208,16 +208,6 @@ class Search:
         self.cut = Cut(float(floats_of(keys[chosen : chosen + 1], work)[0]), int(index[chosen]))
 
 
-def magnitude_cuts(problem: Problem, densities: Sequence[float]) -> Looking[list[Cut]]:
-    """The cuts that keep the share `densities[i]` of model i's delta: exactly max(1, int(density · n)) entries.
-
-    A density of 1 or more keeps everything, of 0 or less nothing.
-    """
-    return (
-        yield from find_cuts(problem, MAGNITUDES, [(i, kept(p, problem.elements)) for i, p in enumerate(densities)])
-    )
-
-
 def kept(density: float, elements: int) -> int:
     """How many of `elements` entries a density keeps: at least one, unless it is 0 or less."""
     return 0 if density <= 0 else elements if density >= 1 else max(1, int(density * elements))

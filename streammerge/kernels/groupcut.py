@@ -7,7 +7,7 @@ are kept per tensor, so that memory does not grow with the model.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from streammerge.kernels.contract import Look, Problem, Surveying
+from streammerge.kernels.contract import Look, Problem
 from streammerge.kernels.cut import (
     COLLECT_AT_MOST,
     KEEP_ALL,
@@ -26,7 +26,6 @@ from streammerge.kernels.cut import (
     choose_pivots,
     find_cuts,
     float_of,
-    kept,
     keys_of,
     narrow,
 )
@@ -37,40 +36,26 @@ T = TypeVar("T")
 _Asking = Generator[list[Look | None], list[Any], T]
 
 
-def group_cuts(problems: Sequence[Problem], quantity: Quantity, targets: Sequence[Sequence[float]]) -> Surveying:
-    """For every tensor the cut of every column: [[threshold, last], …], see `cuts_found`.
+def group_cuts(
+    problems: Sequence[Problem], quantity: Quantity, wanted: Collection[tuple[int, int]]
+) -> _Asking[dict[tuple[int, int], list[Cut]]]:
+    """For every (column, k) of `wanted` the cuts, one per tensor, that keep the k largest entries of all tensors.
 
-    `targets` has a density per tensor and column. A density of p keeps what is among the max(1, int(p · N)) largest of
-    all N entries of its column in the group; tensors may have different ones. All problems have one work dtype.
+    All problems have one work dtype.
     """
     sizes = np.array([problem.elements for problem in problems], np.int64)
     total = int(sizes.sum())
-    wanted = {(column, density) for row in targets for column, density in enumerate(row) if 0 < density < 1}
     searches = {
-        pair: Search(pair[0], kept(pair[1], total), sizes, problems[0].work)
-        for pair in sorted(wanted)
-        if kept(pair[1], total) < total
+        (column, k): Search(column, k, sizes, problems[0].work) for column, k in sorted(wanted) if 0 < k < total
     }
-    ranking = _Ranking(problems, quantity)
-    cuts: dict[tuple[int, float], list[Cut]] = {}
+    cuts = {(column, k): [KEEP_NONE if k <= 0 else KEEP_ALL] * len(problems) for column, k in wanted}
     if searches:
-        sample = yield from ranking.sample(len(targets[0]))
+        ranking = _Ranking(problems, quantity)
+        sample = yield from ranking.sample()
         yield from ranking.narrow_all(list(searches.values()), sample)
         for pair, search in searches.items():
             cuts[pair] = yield from ranking.cuts(search)
-    found = []
-    for i, row in enumerate(targets):
-        own = [
-            KEEP_NONE if density <= 0 else cuts[column, density][i] if (column, density) in cuts else KEEP_ALL
-            for column, density in enumerate(row)
-        ]
-        found.append([[cut.threshold, cut.last] for cut in own])
-    return found
-
-
-def cuts_found(found: Sequence[Sequence[float]]) -> list[Cut]:
-    """What `group_cuts` found for one tensor."""
-    return [Cut(threshold, int(last)) for threshold, last in found]
+    return cuts
 
 
 class _Ranking:
@@ -80,7 +65,7 @@ class _Ranking:
         self._problems, self._quantity = problems, quantity
         self._work = problems[0].work
 
-    def sample(self, columns: int) -> _Asking[list[NDArray[np.int64]]]:
+    def sample(self) -> _Asking[list[NDArray[np.int64]]]:
         """The sorted keys of about a million entries of every column, from the tensors that are large."""
         total = sum(problem.elements for problem in self._problems)
         largest = max(problem.elements for problem in self._problems)
@@ -97,14 +82,12 @@ class _Ranking:
                 spans = tuple((i * step, _PIECE) for i in range(pieces))
                 looks.append(Look(self._quantity.fetching, {}, spans, _columns_first))
         answers = yield looks
-        found: list[list[NDArray[np.int64]]] = [[] for _ in range(columns)]
-        for look, answer in zip(looks, answers, strict=True):
-            if look is not None:
-                assert look.spans is not None
-                values = np.concatenate(answer, axis=1)[:, : sum(count for _, count in look.spans)]
-                for column in range(columns):
-                    found[column].append(keys_of(values[column]))
-        return [np.sort(np.concatenate(keys)) for keys in found]
+        values = [
+            np.concatenate(answer, axis=1)[:, : sum(count for _, count in look.spans)]
+            for look, answer in zip(looks, answers, strict=True)
+            if look is not None and look.spans is not None
+        ]
+        return [np.sort(keys_of(column)) for column in np.concatenate(values, axis=1)]
 
     def narrow_all(self, searches: Sequence[Search], sample: Sequence[NDArray[np.int64]]) -> _Asking[None]:
         """Count until every interval is one value, or has few entries."""
@@ -113,7 +96,7 @@ class _Ranking:
             counting = [s for s in searches if s.high - s.low > 1 and int(s.inside.sum()) > COLLECT_AT_MOST]
             if not counting:
                 return
-            table, chosen = choose_pivots(counting, sample, round_number, self._work)
+            table, chosen = choose_pivots(counting, sample, round_number, self._work, self._quantity.pivots)
             look = Look(self._quantity.counting, {"pivots": table}, digest=_added)
             answers = yield [look] * len(self._problems)
             narrow(chosen, np.stack([np.sum(answer, axis=0) for answer in answers]))
@@ -170,6 +153,6 @@ def _columns_first(sizes: Tensor, starts: Tensor) -> NDArray[Any]:
 
 
 def _added(counts: Tensor, starts: Tensor) -> NDArray[np.int64]:
-    """(columns, PIVOTS), over some blocks."""
+    """(columns, pivots), over some blocks."""
     found: NDArray[np.int64] = counts.to(torch.int64).sum(0).numpy()
     return found

@@ -13,25 +13,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from streammerge.kernels.chance import keep_limit, keep_limits, keep_mask
-from streammerge.kernels.contract import Argument, Arguments, Param, Problem, Settings, Tile
+from streammerge.kernels.contract import Argument, Arguments, Param, Problem, Scope, Settings, Surveying, Tile
 from streammerge.kernels.cut import (
     CUT_ARGUMENTS,
     MAGNITUDES,
+    Cut,
     Looking,
     Quantity,
     cut_arguments,
     cut_mask,
     find_cuts,
+    kept,
     magnitude,
-    magnitude_cuts,
 )
+from streammerge.kernels.groupcut import group_cuts
 from streammerge.kernels.rank import by_rank
 
 Sparsifier = Literal["none", "magnitude", "outliers", "random", "ranked"]
@@ -59,11 +61,22 @@ NEEDS: dict[Sparsifier, Needs] = {
     "ranked": Needs((Argument("limits", ("K", "any"), torch.int32),), keys=True),
 }
 
+SCOPE = Param("density_scope", "what the shares are taken of: each tensor, each layer, or the whole model", "tensor",
+              kind="text", choices=("tensor", "layer", "model"))  # fmt: skip
+
 # Parameters beside the density.
 PARAMS: dict[Sparsifier, tuple[Param, ...]] = {
-    "outliers": (Param("gamma", "the share of the delta's largest entries that is dropped", 0.01, per_model=True),),
+    "magnitude": (SCOPE,),
+    "outliers": (
+        SCOPE,
+        Param("gamma", "the share of the delta's largest entries that is dropped", 0.01, per_model=True),
+    ),
     "ranked": (Param("epsilon", "how far probabilities reach below and above the density", 0.15, per_model=True),),
 }
+
+
+# How often a survey usually reads everything: counts, twice, and what is left.
+SURVEY_PASSES = 3
 
 
 def check(settings: Settings, sparsifier: Sparsifier) -> list[str]:
@@ -92,17 +105,57 @@ def _no_probability(density: float, epsilon: float) -> str:
     )
 
 
-def measured(problem: Problem, sparsifier: Sparsifier) -> Looking[dict[str, Tensor]]:
-    """The arguments of a sparsifier."""
-    if sparsifier == "none":
-        return {}
-    settings = problem.settings
+def scope_of(settings: Settings, sparsifier: Sparsifier) -> Scope:
+    """What must be looked at to know what stays: the tensor, its layer, or the whole model."""
+    return cast("Scope", settings.text(SCOPE.name)) if NEEDS[sparsifier].cuts is not None else "tensor"
+
+
+def cut_survey(sparsifier: Sparsifier) -> Callable[[Sequence[Problem]], Surveying]:
+    """The survey of many tensors that finds the cuts of each: [[threshold, last], …] in the order of `_wanted`.
+
+    A density of p keeps what is among the largest share p of all of them; tensors may have different ones.
+    """
+
+    def survey(problems: Sequence[Problem]) -> Surveying:
+        quantity = NEEDS[sparsifier].cuts
+        assert quantity is not None
+        total = sum(problem.elements for problem in problems)
+        rows = [_wanted(problem.settings, sparsifier, total) for problem in problems]
+        cuts = yield from group_cuts(problems, quantity, {pair for row in rows for pair in row})
+        return [[[cuts[pair][i].threshold, cuts[pair][i].last] for pair in row] for i, row in enumerate(rows)]
+
+    return survey
+
+
+def _wanted(settings: Settings, sparsifier: Sparsifier, n: int) -> list[tuple[int, int]]:
+    """What is cut of `n` entries: model and number of largest entries; with outliers, then how many of these go."""
     densities = settings.numbers("density")
     if sparsifier == "magnitude":
-        cuts = yield from magnitude_cuts(problem, densities)
-        return cut_arguments(problem, cuts)
-    if sparsifier == "outliers":
-        return (yield from _two_cuts(problem, densities, settings.numbers("gamma")))
+        return [(i, kept(density, n)) for i, density in enumerate(densities)]
+    wanted = []
+    for i, (density, gamma) in enumerate(zip(densities, settings.numbers("gamma"), strict=True)):
+        keep = n if density >= 1 else int(density * n)
+        top = min(int(gamma * n), n - keep)
+        wanted += [(i, top + keep), (i, top)]
+    return wanted
+
+
+def measured(problem: Problem, sparsifier: Sparsifier) -> Looking[dict[str, Tensor]]:
+    """The arguments of a sparsifier."""
+    settings = problem.settings
+    quantity = NEEDS[sparsifier].cuts
+    if quantity is not None:
+        if problem.found is not None:
+            cuts = [Cut(threshold, int(last)) for threshold, last in problem.found]
+        else:
+            cuts = yield from find_cuts(problem, quantity, _wanted(settings, sparsifier, problem.elements))
+        if sparsifier == "magnitude":
+            return cut_arguments(problem, cuts)
+        outliers = cut_arguments(problem, cuts[1::2])
+        return cut_arguments(problem, cuts[::2]) | {f"top_{name}": argument for name, argument in outliers.items()}
+    if sparsifier == "none":
+        return {}
+    densities = settings.numbers("density")
     if sparsifier == "random":
         return {"limit": torch.tensor([keep_limit(density) for density in densities], dtype=torch.int32)}
     return {"limits": _rank_limits(problem, densities, settings.numbers("epsilon"))}
@@ -146,19 +199,6 @@ _STAYS: dict[Sparsifier, Callable[[Tile, Arguments, Tensor, int], Tensor]] = {
     "random": _drawn,
     "ranked": _drawn_by_rank,
 }
-
-
-def _two_cuts(problem: Problem, densities: Sequence[float], gammas: Sequence[float]) -> Looking[dict[str, Tensor]]:
-    """Cuts between which int(density · n) entries stay, after the int(gamma · n) largest or what leaves so many."""
-    n = problem.elements
-    wanted: list[tuple[int, int]] = []
-    for i, (density, gamma) in enumerate(zip(densities, gammas, strict=True)):
-        keep = n if density >= 1 else int(density * n)
-        top = min(int(gamma * n), n - keep)
-        wanted += [(i, top + keep), (i, top)]
-    cuts = yield from find_cuts(problem, _TWO_CUTS, wanted)
-    outliers = cut_arguments(problem, cuts[1::2])
-    return cut_arguments(problem, cuts[::2]) | {f"top_{name}": argument for name, argument in outliers.items()}
 
 
 def _rank_limits(problem: Problem, densities: Sequence[float], epsilons: Sequence[float]) -> Tensor:

@@ -25,10 +25,21 @@ from streammerge.kernels.contract import (
     Param,
     Problem,
     Program,
+    Scope,
     Settings,
     Tile,
 )
-from streammerge.kernels.sparsify import NEEDS, PARAMS, Sparsifier, check, measured, sparse
+from streammerge.kernels.sparsify import (
+    NEEDS,
+    PARAMS,
+    SURVEY_PASSES,
+    Sparsifier,
+    check,
+    cut_survey,
+    measured,
+    scope_of,
+    sparse,
+)
 
 LINES_PARAMS = (
     Param("lines_alpha", "factor on the deltas of the first layer (LiNeS)", 1.0),
@@ -68,6 +79,9 @@ def task_vector_method(name: str, doc: str, *, sparsifier: Sparsifier, election:
     def used(settings: Settings) -> Sparsifier:
         return sparsifier if masks(settings) else "none"
 
+    def scope(settings: Settings) -> Scope:
+        return scope_of(settings, used(settings))
+
     def program(settings: Settings) -> Program:
         return _merging(used(settings), elects(settings), elects(settings) and settings.flag("normalize"))
 
@@ -77,7 +91,8 @@ def task_vector_method(name: str, doc: str, *, sparsifier: Sparsifier, election:
         return counting + ((_weighing(used(settings)),) if by_mass(settings) else ())
 
     def passes(settings: Settings, narrow: bool) -> int:
-        counting = (1 if narrow else 2) if NEEDS[used(settings)].cuts is not None else 0
+        counts = NEEDS[used(settings)].cuts is not None and scope(settings) == "tensor"
+        counting = (1 if narrow else 2) if counts else 0
         return 1 + counting + by_mass(settings)
 
     def measure(problem: Problem) -> Measuring:
@@ -150,6 +165,9 @@ def task_vector_method(name: str, doc: str, *, sparsifier: Sparsifier, election:
         check=lambda settings: check(settings, sparsifier),
         by_rows=lambda settings: used(settings) == "ranked",
         by_depth=by_depth,
+        scope=scope,
+        survey=None if NEEDS[sparsifier].cuts is None else cut_survey(sparsifier),
+        survey_passes=SURVEY_PASSES,
     )
 
 

@@ -2,12 +2,16 @@
 
     y = b + λ Σ w_i m_i Δ_i / Σ w_i m_i
 
-m_i marks exactly max(1, int(density · n)) entries of largest magnitude of model i's delta; among equal magnitudes the
-lower index stays. Where no mask lies the base stays; a sum of weights of 0 counts as 1. The paper also trains masks on
-data and ranks over the whole model; here every tensor is ranked for itself. He et al., "Localize-and-Stitch" (2024).
+m_i marks exactly max(1, int(density · n)) entries of largest magnitude of model i's delta; among equal magnitudes those
+of the tensor that comes first by name, and of lower index, stay. Where no mask lies the base stays; a sum of weights of
+0 counts as 1. The paper also trains masks on
+data. Entries are ranked over the whole model, as there, unless `density_scope` says otherwise. He et al.,
+"Localize-and-Stitch" (2024).
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,11 +24,12 @@ from streammerge.kernels.contract import (
     Param,
     Problem,
     Program,
+    Scope,
     Settings,
     Tile,
 )
-from streammerge.kernels.cut import CUT_ARGUMENTS, MAGNITUDES, cut_arguments, cut_mask, magnitude, magnitude_cuts
-from streammerge.kernels.sparsify import check
+from streammerge.kernels.cut import CUT_ARGUMENTS, MAGNITUDES, cut_mask, magnitude
+from streammerge.kernels.sparsify import SCOPE, SURVEY_PASSES, check, cut_survey, measured, scope_of
 from streammerge.kernels.taskvector import LINES_PARAMS, by_depth, lines_factor
 
 
@@ -55,8 +60,8 @@ def _factor(settings: Settings) -> float:
 
 def _measure(problem: Problem) -> Measuring:
     settings = problem.settings
-    cuts = yield from magnitude_cuts(problem, settings.numbers("density"))
-    return cut_arguments(problem, cuts) | {
+    cuts = yield from measured(problem, "magnitude")
+    return cuts | {
         "weight": problem.tensor(settings.numbers("weight")),
         "lambda": problem.tensor([_factor(settings)]),
     }
@@ -66,8 +71,12 @@ def _cuts(settings: Settings) -> bool:
     return any(0 < density < 1 for density in settings.numbers("density"))
 
 
+def _scope(settings: Settings) -> Scope:
+    return scope_of(settings, "magnitude") if _cuts(settings) else "tensor"
+
+
 def _passes(settings: Settings, narrow: bool) -> int:
-    return 1 + (1 if narrow else 2) * _cuts(settings)
+    return 1 + (1 if narrow else 2) * (_cuts(settings) and _scope(settings) == "tensor")
 
 
 def _copies(settings: Settings) -> int | None:
@@ -86,6 +95,7 @@ LOCALIZE_AND_STITCH = Method(
     params=(
         Param("weight", "the model's share where masks overlap", 1.0, per_model=True),
         Param("density", "the share of the delta's entries that are grafted, the largest ones", 0.05, per_model=True),
+        replace(SCOPE, default="model"),
         Param("lambda", "factor on the merged delta", 1.0),
         *LINES_PARAMS,
     ),
@@ -99,4 +109,7 @@ LOCALIZE_AND_STITCH = Method(
     copies=_copies,
     check=lambda settings: check(settings, "magnitude"),
     by_depth=by_depth,
+    scope=_scope,
+    survey=cut_survey("magnitude"),
+    survey_passes=SURVEY_PASSES,
 )

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
+from streammerge.kernels import cut as cutting
 from streammerge.kernels.contract import BLOCK, Problem, Settings, grain_of
 from streammerge.kernels.cut import (
     COLLECT_AT_MOST,
@@ -22,7 +23,6 @@ from streammerge.kernels.cut import (
     Cut,
     cut_mask,
     magnitude,
-    magnitude_cuts,
     order_statistics,
 )
 from tests.kernels.looking import Memory, block_starts, in_blocks
@@ -41,7 +41,8 @@ def find_cuts(
     work = torch.float64 if base.dtype == torch.float64 else torch.float32
     memory = Memory([base, *models], work=work)
     problem = Problem(base.numel(), len(models), Settings({}, {}), work)
-    return memory.solve(magnitude_cuts(problem, list(densities))), memory
+    wanted = [(i, cutting.kept(density, problem.elements)) for i, density in enumerate(densities)]
+    return memory.solve(cutting.find_cuts(problem, MAGNITUDES, wanted)), memory
 
 
 def kept(delta: Tensor, cut: Cut) -> NDArray[np.bool_]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from streammerge.kernels import groupcut
 from streammerge.kernels.contract import BLOCK, Problem, Settings
-from streammerge.kernels.cut import MAGNITUDES
-from streammerge.kernels.groupcut import cuts_found, group_cuts
+from streammerge.kernels.cut import MAGNITUDES, kept
+from streammerge.kernels.groupcut import group_cuts
 from tests.kernels.looking import Memory
 from tests.kernels.test_cut import kept as kept_by
 from tests.methods.oracles import top
@@ -23,30 +23,33 @@ from tests.methods.oracles import top
 DENSITIES = [1e-9, 0.01, 0.3, 0.5, 0.9, 0.9999]
 
 
-def survey(tensors: Sequence[Sequence[Tensor]], targets: Sequence[Sequence[float]]) -> tuple[list[Any], int]:
-    """What is found for tensors, each given by its models' deltas; and how often the first one was looked at whole."""
+def survey(tensors: Sequence[Sequence[Tensor]], wanted: Collection[tuple[int, int]]) -> tuple[Any, int]:
+    """The cuts of tensors, each given by its models' deltas; and how often the first one was looked at whole."""
     memories = [Memory([torch.zeros_like(deltas[0]), *deltas]) for deltas in tensors]
     problems = [Problem(deltas[0].numel(), len(deltas), Settings({}, {}), torch.float32) for deltas in tensors]
-    surveying = group_cuts(problems, MAGNITUDES, targets)
+    surveying = group_cuts(problems, MAGNITUDES, wanted)
     answers: Any = None
     while True:
         try:
             looks = surveying.send(answers)
         except StopIteration as stop:
-            return [cuts_found(found) for found in stop.value], memories[0].full_looks
+            return stop.value, memories[0].full_looks
         answers = [None if look is None else memory.answer(look) for look, memory in zip(looks, memories, strict=True)]
 
 
-def assert_exact(tensors: Sequence[Sequence[Tensor]], targets: Sequence[Sequence[float]]) -> int:
-    found, looks = survey(tensors, targets)
+def assert_exact(tensors: Sequence[Sequence[Tensor]], densities: Sequence[Sequence[float]]) -> int:
+    """All the densities of each column at once."""
     sizes = [deltas[0].numel() for deltas in tensors]
-    for column in range(len(targets[0])):
+    wanted = {(column, kept(p, sum(sizes))) for column, some in enumerate(densities) for p in some}
+    found, looks = survey(tensors, wanted)
+    for column, some in enumerate(densities):
         everything = np.concatenate([deltas[column].abs().float().numpy() for deltas in tensors])
-        for i, (deltas, row) in enumerate(zip(tensors, targets, strict=True)):
-            expected = np.split(top(everything, row[column]), np.cumsum(sizes)[:-1])[i]
-            mask = kept_by(deltas[column].float(), found[i][column])
-            assert mask.sum() == expected.sum(), (i, column)
-            assert (mask == expected).all(), (i, column)
+        for density in some:
+            expected = np.split(top(everything, density), np.cumsum(sizes)[:-1])
+            for deltas, cut, mask in zip(tensors, found[column, kept(density, sum(sizes))], expected, strict=True):
+                here = kept_by(deltas[column].float(), cut)
+                assert here.sum() == mask.sum(), (column, density)
+                assert (here == mask).all(), (column, density)
     return looks
 
 
@@ -62,7 +65,7 @@ def test_few_distinct_values_are_cut_as_a_sort_of_all_would(
 ) -> None:
     rng = np.random.default_rng(seed)
     tensors = [[torch.tensor(rng.choice(palette, size), dtype=torch.float32) for _ in densities] for size in sizes]
-    assert_exact(tensors, [densities] * len(sizes))
+    assert_exact(tensors, [[density] for density in densities])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -74,13 +77,11 @@ def test_random_values_of_different_scales(monkeypatch: pytest.MonkeyPatch, dtyp
         [(torch.randn(size, generator=generator) * scale).to(dtype) for _ in DENSITIES[:2]]
         for size, scale in ((5 * BLOCK + 3, 1.0), (2 * BLOCK, 0.1), (17, 5.0), (BLOCK // 2, 1.0))
     ]
-    # Densities may differ between tensors: each keeps what is among so many of all.
-    targets = [(0.3, 0.5), (0.3, 0.5), (0.15, 0.5), (0.3, 1.0)]
-    assert_exact(tensors, targets)
+    assert_exact(tensors, [(0.3, 0.15), (0.5, 1e-9, 0.9999, 1.0, 0.0)])
 
 
 def test_counting_takes_few_looks_at_everything() -> None:
     generator = torch.Generator().manual_seed(1)
     tensors = [[torch.randn(20 * BLOCK, generator=generator)] for _ in range(4)]
     for density in DENSITIES:
-        assert assert_exact(tensors, [(density,)] * 4) <= 4
+        assert assert_exact(tensors, [(density,)]) <= 4

@@ -15,6 +15,7 @@ from torch import Tensor
 import streammerge
 from streammerge.plan.names import layer_of
 from streammerge.run import survey
+from tests.methods.oracles import top
 from tests.models import make_models
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -66,10 +67,78 @@ def test_coefficients_of_metagpt_are_of_the_whole_scope(tmp_path: Path, models: 
         assert (merged[name].double() - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
-def test_tiles_and_resumes_change_no_bit_of_a_survey(
-    tmp_path: Path, models: list[Path], monkeypatch: pytest.MonkeyPatch
+def kept_entries(sizes: dict[str, np.ndarray], density: float, scope: str) -> dict[str, np.ndarray]:
+    """Which entries are among the largest of their layer or model: size descending, then tensor name, then index."""
+    found = {}
+    for group in {group_of(name, scope) for name in sizes}:
+        names = sorted(name for name in sizes if group_of(name, scope) == group)
+        everything = np.concatenate([sizes[name].reshape(-1) for name in names])
+        mask = top(everything, density)
+        parts = np.split(mask, np.cumsum([sizes[name].size for name in names])[:-1])
+        found |= {name: part.reshape(sizes[name].shape) for name, part in zip(names, parts, strict=True)}
+    return found
+
+
+@pytest.mark.parametrize("scope", ["model", "layer"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_largest_entries_are_of_the_whole_scope(tmp_path: Path, scope: str, dtype: torch.dtype) -> None:
+    models = make_models(tmp_path / "models", 2, shapes=SHAPES, dtype=dtype)
+    recipe = recipe_of(tmp_path, models, "localize_and_stitch", density=0.15, density_scope=scope, weight=1.0)
+    merged = merge(recipe, tmp_path / "out")
+    base, one, two = tensors_of(models)
+    changed = [kept_entries({n: np.abs((m[n].float() - base[n].float()).numpy()) for n in SHAPES}, 0.15, scope)
+               for m in (one, two)]  # fmt: skip
+    for name, shape in SHAPES.items():
+        total, count = np.zeros(shape), np.zeros(shape)
+        for model, masks in zip((one, two), changed, strict=True):
+            total += np.where(masks[name], (model[name] - base[name]).numpy(), 0)
+            count += masks[name]
+        expected = base[name].numpy() + total / np.maximum(count, 1)
+        error = np.abs(merged[name].double().numpy() - expected).max()
+        assert error <= (1e-7 if dtype == torch.float32 else 2**-8) * np.abs(expected).max(), name
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("ties", {"weight": 0.7, "density": 0.2}), ("breadcrumbs", {"weight": 0.7, "density": 0.2, "gamma": 0.02}),
+        ("hi_merging", {"weight": 0.7, "density": 0.2}),
+    ],
+)  # fmt: skip
+def test_a_scope_of_one_tensor_is_the_tensor(tmp_path: Path, method: str, parameters: dict[str, Any]) -> None:
+    models = make_models(tmp_path / "models", 2, shapes={"model.layers.0.w": (300, 700)}, dtype=torch.float32)
+    merged = [
+        merge(recipe_of(tmp_path, models, method, **parameters, density_scope=scope), tmp_path / scope)
+        for scope in ("tensor", "layer", "model")
+    ]
+    name = "model.layers.0.w"
+    assert torch.equal(merged[0][name], merged[1][name])
+    assert torch.equal(merged[0][name], merged[2][name])
+
+
+def test_tensors_of_one_scope_may_have_densities_of_their_own(tmp_path: Path, models: list[Path]) -> None:
+    density = [{"filter": "layers.1.", "value": 0.05}, {"filter": "embed", "value": 1.0}, {"value": 0.3}]
+    recipe = recipe_of(tmp_path, models[:2], "localize_and_stitch", density=density, density_scope="model")
+    merged = merge(recipe, tmp_path / "out")
+    base, one = (load_file(path / "model.safetensors") for path in models[:2])
+    sizes = {name: (one[name] - base[name]).abs().numpy() for name in SHAPES if "embed" not in name}
+    thick, thin = (kept_entries(sizes, share, "model") for share in (0.3, 0.05))
+    assert torch.equal(merged["model.embed_tokens.weight"], one["model.embed_tokens.weight"])
+    for name, size in sizes.items():
+        expected = (thin if ".1." in name else thick)[name]
+        assert ((merged[name] != base[name]).numpy() == (expected & (size > 0))).all(), name
+
+
+@pytest.mark.parametrize("method", ["metagpt", "ties"])
+def test_tiles_change_no_bit_of_a_survey(
+    tmp_path: Path, models: list[Path], monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    recipe = recipe_of(tmp_path, models, "metagpt")
+    recipe = recipe_of(
+        tmp_path,
+        models,
+        method,
+        **({"weight": 0.6, "density": 0.3, "density_scope": "model"} if method == "ties" else {}),
+    )
     expected = merge(recipe, tmp_path / "out")
     monkeypatch.setattr("streammerge.plan.budget._TILE_BLOCKS", 1)
     monkeypatch.setattr("streammerge.plan.budget._SLOTS", 3)
