@@ -113,7 +113,8 @@ def scope_of(settings: Settings, sparsifier: Sparsifier) -> Scope:
 def cut_survey(sparsifier: Sparsifier) -> Callable[[Sequence[Problem]], Surveying]:
     """The survey of many tensors that finds the cuts of each: [[threshold, last], …] in the order of `_wanted`.
 
-    A density of p keeps what is among the largest share p of all of them; tensors may have different ones.
+    A density of p keeps what is among the largest share p of all entries of all of them; tensors may have different
+    ones.
     """
 
     def survey(problems: Sequence[Problem]) -> Surveying:

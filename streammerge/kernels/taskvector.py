@@ -10,6 +10,7 @@ The result is b + λ N, or b + λ N / q when normalised; a q of 0 (without elect
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -32,6 +33,7 @@ from streammerge.kernels.contract import (
 from streammerge.kernels.sparsify import (
     NEEDS,
     PARAMS,
+    SCOPE,
     SURVEY_PASSES,
     Sparsifier,
     check,
@@ -80,7 +82,7 @@ def task_vector_method(name: str, doc: str, *, sparsifier: Sparsifier, election:
         return sparsifier if masks(settings) else "none"
 
     def scope(settings: Settings) -> Scope:
-        return scope_of(settings, used(settings))
+        return scope_of(settings, sparsifier)
 
     def program(settings: Settings) -> Program:
         return _merging(used(settings), elects(settings), elects(settings) and settings.flag("normalize"))
@@ -140,7 +142,10 @@ def task_vector_method(name: str, doc: str, *, sparsifier: Sparsifier, election:
         params=(
             Param("weight", "how strongly the model's delta counts", per_model=True),
             Param("density", density_meaning, 1.0, per_model=True, vectors=prunes_vectors),
-            *PARAMS.get(sparsifier, ()),
+            *(
+                replace(param, vectors=prunes_vectors) if param.name == SCOPE.name else param
+                for param in PARAMS.get(sparsifier, ())
+            ),
             *([Param("scale", "factor on the model's sparsified delta", 1.0, per_model=True)] if scales else []),
             Param("normalize", "divide by the sum of the weights that count", normalize, kind="boolean"),
             Param("lambda", "factor on the merged delta", 1.0),

@@ -72,7 +72,7 @@ def _cuts(settings: Settings) -> bool:
 
 
 def _scope(settings: Settings) -> Scope:
-    return scope_of(settings, "magnitude") if _cuts(settings) else "tensor"
+    return scope_of(settings, "magnitude")
 
 
 def _passes(settings: Settings, narrow: bool) -> int:

@@ -18,7 +18,8 @@ from streammerge.base.dtypes import DTYPES
 from streammerge.base.errors import DoesNotFit
 from streammerge.base.units import format_size
 from streammerge.kernels.contract import BLOCK
-from streammerge.plan.plan import Plan, TensorPlan
+from streammerge.plan.plan import Plan
+from streammerge.plan.tensor import TensorPlan
 
 MIB = 1 << 20
 # Tiles of 2 Mi elements: reads of 4 MiB per bf16 input. Larger ones were not faster (docs/bench.md).

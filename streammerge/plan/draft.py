@@ -54,6 +54,9 @@ class Draft:
         """The operand that is the result as it stands, if one is."""
         if DTYPES[self.operands[0].dtype].kind == "exact":
             return self.operands[0] if len(self.operands) == 1 else None
+        if self.method.scope(self.settings) != "tensor":
+            # Others ask about it.
+            return None
         number = self.method.copies(self.settings)
         return self.operands[number] if number is not None and self.operands[number].dtype == self.dtype else None
 

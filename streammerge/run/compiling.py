@@ -19,7 +19,7 @@ from streammerge.kernels.compiled import (
 from streammerge.kernels.contract import Program
 from streammerge.kernels.dtypes import torch_dtype
 from streammerge.plan.budget import Schedule
-from streammerge.plan.plan import Step, TensorPlan
+from streammerge.plan.tensor import Step, TensorPlan
 
 Compile = Literal["auto", "on", "off"]
 # Per element and model on one thread, where eager code takes what the program says (docs/design.md has a table).

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 
 from streammerge.base.errors import UserError
 from streammerge.plan.budget import Schedule
-from streammerge.plan.plan import TensorPlan
+from streammerge.plan.tensor import TensorPlan
 from streammerge.run.arena import Area
 from streammerge.run.journal import Done
 from streammerge.run.lane import Merged, scan

@@ -9,7 +9,8 @@ import time
 from collections.abc import Sequence
 
 from streammerge.plan.budget import Schedule, bytes_to_read
-from streammerge.plan.plan import Plan, TensorPlan
+from streammerge.plan.plan import Plan
+from streammerge.plan.tensor import TensorPlan
 from streammerge.storage.source import Source
 
 _PROBE_BYTES = 64 << 20

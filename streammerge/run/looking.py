@@ -17,7 +17,7 @@ from streammerge.kernels.chance import block_keys, stream_key
 from streammerge.kernels.contract import BLOCK, Arguments, Grain, Look, Problem, Program
 from streammerge.kernels.dtypes import torch_dtype
 from streammerge.plan.budget import SCRATCH_BLOCKS, Schedule, stays, tile_elements
-from streammerge.plan.plan import TensorPlan
+from streammerge.plan.tensor import TensorPlan
 from streammerge.run.arena import Area, Arena
 from streammerge.run.compiling import signature_of
 from streammerge.run.lane import Lane, Merged, Stretch
@@ -27,6 +27,7 @@ from streammerge.storage.source import Source
 # One tile is computed, the next one waits its turn.
 _LOOKS_AT_ONCE = 2
 
+Q = TypeVar("Q")
 T = TypeVar("T")
 
 
@@ -207,16 +208,16 @@ class Looker:
             start, at, elements = start + count, at + count, elements - count
 
 
-def solve(measuring: Generator[Look, Any, T], answer: Callable[[Look], Any]) -> T:
-    """What `measuring` returns once its looks are answered."""
+def solve(asking: Generator[Q, Any, T], answer: Callable[[Q], Any]) -> T:
+    """What `asking` returns once its questions are answered."""
     sent: Any = None
     while True:
         try:
-            look = measuring.send(sent)
+            question = asking.send(sent)
         except StopIteration as stop:
             result: T = stop.value
             return result
-        sent = answer(look)
+        sent = answer(question)
 
 
 def _packs(spans: Sequence[tuple[int, int]], grain: Grain) -> Iterator[list[tuple[int, int]]]:

@@ -23,8 +23,9 @@ from streammerge.kernels.compiled import Cache, Run, Signature
 from streammerge.kernels.contract import Program
 from streammerge.plan.budget import Schedule, bytes_to_read, make_schedule
 from streammerge.plan.layout import DEFAULT_SHARD_BYTES, index_file
-from streammerge.plan.plan import Plan, TensorPlan, build_plan
+from streammerge.plan.plan import Plan, build_plan
 from streammerge.plan.recipe import Recipe, load_recipe, resolve_model
+from streammerge.plan.tensor import TensorPlan
 from streammerge.run.arena import Arena
 from streammerge.run.compiling import Compile, consider
 from streammerge.run.engine import Engine

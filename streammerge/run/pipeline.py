@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import xxhash
 
 from streammerge.kernels.contract import BLOCK
-from streammerge.plan.plan import TensorPlan
+from streammerge.plan.tensor import TensorPlan
 from streammerge.run.arena import Area, Arena
 from streammerge.run.journal import Done, Journal
 from streammerge.storage.sink import Shard

@@ -11,48 +11,27 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 
+from streammerge.kernels.contract import Look, Problem
 from streammerge.plan.budget import Schedule
-from streammerge.plan.names import layer_of
-from streammerge.plan.plan import Plan, TensorPlan
+from streammerge.plan.group import Group, groups_of
+from streammerge.plan.plan import Plan
+from streammerge.plan.tensor import TensorPlan
 from streammerge.run.arena import Arena
 from streammerge.run.lane import CpuLane, Finder
-from streammerge.run.looking import Looker, Work
+from streammerge.run.looking import Looker, Work, solve
 from streammerge.run.pipeline import READ_THREADS, ReadAhead, Tile
 from streammerge.storage.sink import write_file
 from streammerge.storage.source import Source
 
-
-@dataclass(frozen=True)
-class Group:
-    """Tensors that are looked at together for one of their steps, in the order of the stage's names."""
-
-    key: str
-    members: tuple[tuple[TensorPlan, int], ...]
-
-
-def groups_of(tensors: Sequence[TensorPlan]) -> list[Group]:
-    """The groups that must be surveyed, earlier steps first. A tensor that stands twice in the output counts once."""
-    found: dict[tuple[int, str, str, str], dict[str, tuple[TensorPlan, int]]] = {}
-    for tensor in tensors:
-        for number, step in enumerate(tensor.steps):
-            scope = step.method.scope(step.settings)
-            if scope != "tensor" and tensor.elements > 0:
-                layer = layer_of(step.stream)
-                place = "" if scope == "model" or layer is None else f"{layer[0]}.{layer[1]}"
-                members = found.setdefault((number, step.stage, scope, place), {})
-                members.setdefault(step.stream, (tensor, number))
-    return [
-        Group(" ".join(map(str, key)), tuple(members[name] for name in sorted(members)))
-        for key, members in sorted(found.items())
-    ]
+T = TypeVar("T")
 
 
 class SurveyBook:
@@ -105,6 +84,22 @@ def survey_alone(plan: Plan, schedule: Schedule, compiled: Finder, stopping: Cal
     """The plan with what surveys find, looked for without a merge."""
     if not groups_of(plan.tensors):
         return plan
+    with _opened(plan, schedule, compiled, stopping) as (looker, reader):
+        tensors = survey(plan, plan.tensors, looker, reader, SurveyBook(None, ""))
+        return replace(plan, tensors=tuple(tensors))
+
+
+def ask_together(plan: Plan, group: Group, ask: Callable[[Sequence[Problem]], Generator[list[Look | None], Any, T]],
+                 schedule: Schedule, compiled: Finder, stopping: Callable[[], bool]) -> T:  # fmt: skip
+    """What `ask` finds out about a group, without a merge."""
+    with _opened(plan, schedule, compiled, stopping) as (looker, reader):
+        return _ask(plan.seed, group.members, ask, looker, reader)
+
+
+@contextmanager
+def _opened(
+    plan: Plan, schedule: Schedule, compiled: Finder, stopping: Callable[[], bool]
+) -> Iterator[tuple[Looker, ReadAhead]]:
     with ExitStack() as stack:
         arena = Arena(schedule.slots, schedule.slot_bytes, schedule.scratch_bytes, touch=False)
         sources = [Source(checkpoint) for checkpoint in plan.checkpoints]
@@ -114,9 +109,7 @@ def survey_alone(plan: Plan, schedule: Schedule, compiled: Finder, stopping: Cal
         stack.callback(lane.close)
         reader = ReadAhead(sources, arena, READ_THREADS)
         stack.callback(reader.close)
-        looker = Looker(schedule, sources=sources, arena=arena, reader=reader, lane=lane, stopping=stopping)
-        tensors = survey(plan, plan.tensors, looker, reader, SurveyBook(None, ""))
-        return replace(plan, tensors=tuple(tensors))
+        yield Looker(schedule, sources=sources, arena=arena, reader=reader, lane=lane, stopping=stopping), reader
 
 
 def _with_found(tensor: TensorPlan, number: int, found: Any) -> TensorPlan:
@@ -126,19 +119,19 @@ def _with_found(tensor: TensorPlan, number: int, found: Any) -> TensorPlan:
 
 def _survey_group(seed: int, members: Sequence[tuple[TensorPlan, int]], looker: Looker,
                   reader: ReadAhead) -> list[Any]:  # fmt: skip
+    tensor, number = members[0]
+    survey = tensor.steps[number].method.survey
+    assert survey is not None
+    return _ask(seed, members, survey, looker, reader)
+
+
+def _ask(seed: int, members: Sequence[tuple[TensorPlan, int]],
+         ask: Callable[[Sequence[Problem]], Generator[list[Look | None], Any, T]], looker: Looker,
+         reader: ReadAhead) -> T:  # fmt: skip
     works = [Work(tensor, seed) for tensor, _ in members]
     numbers = [number for _, number in members]
-    method = members[0][0].steps[numbers[0]].method
-    assert method.survey is not None
-    surveying = method.survey([work.problem(number) for work, number in zip(works, numbers, strict=True)])
-    answers: Any = None
-    while True:
-        try:
-            looks = surveying.send(answers)
-        except StopIteration as stop:
-            results: list[Any] = stop.value
-            return results
-        answers = list(_answers(works, numbers, looks, looker, reader))
+    asking = ask([work.problem(number) for work, number in zip(works, numbers, strict=True)])
+    return solve(asking, lambda looks: list(_answers(works, numbers, looks, looker, reader)))
 
 
 def _answers(works: Sequence[Work], numbers: Sequence[int], looks: Sequence[Any], looker: Looker,

@@ -184,8 +184,9 @@ def _by_data(recipe: Recipe, plan: Plan, tasks: Sequence[Task], bench: Workbench
 def _family(recipe: Recipe, plan: Plan, bench: Workbench) -> Family:
     options = recipe.analysis
     return Family(
-        plan, bench.network, bench.shelf, split_blocks=options.layer == "parts", outside=options.outside == "analysed"
-    )
+        plan, bench.network, bench.shelf, split_blocks=options.layer == "parts", outside=options.outside == "analysed",
+        ask=lambda group, question: bench.ask(plan, group, question),
+    )  # fmt: skip
 
 
 def _table(judge: Judge, findings: Findings, split: str) -> list[Row]:

@@ -61,7 +61,7 @@ def evaluate(recipes: Sequence[Path], tasks_file: Path, which: Which, options: S
         for name, plan in plans.items():
             bench.network.check_shapes({tensor.name: tensor.shape for tensor in plan.tensors})
             units = bench.network.units_of(tensor.name for tensor in plan.tensors)
-            variants[name] = variant_of(plan, bench.shelf, units, bench.network.num_units)
+            variants[name] = variant_of(bench.surveyed(plan), bench.shelf, units, bench.network.num_units)
         observer.stage(f"scoring {len(variants)} models on {len(data)} tasks")
         jobs = {
             (name, i): Job(variant, one.batches) for name, variant in variants.items() for i, one in enumerate(data)

@@ -7,16 +7,22 @@ of mixtures.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
 
-from streammerge.kernels.contract import Settings
+from streammerge.kernels.contract import Problem, Settings
+from streammerge.kernels.cut import MAGNITUDES, Cut, kept
+from streammerge.kernels.groupcut import group_cuts
 from streammerge.plan.draft import Draft, Read
+from streammerge.plan.group import Group as Scope
+from streammerge.plan.group import groups_of
 from streammerge.plan.names import layer_of
-from streammerge.plan.plan import Plan, TensorPlan, work_of
+from streammerge.plan.plan import Plan
+from streammerge.plan.tensor import TensorPlan, work_of
 from streammerge.study.network import Network
 from streammerge.study.variants import Shelf, Variant, Version, make_version
 
@@ -81,11 +87,19 @@ class Mixture:
         return replace(self, weight=tuple(weight))
 
 
+# Asks many tensors together what a function of their problems wants to know.
+Asking = Callable[[Scope, Callable[[Sequence[Problem]], Any]], Any]
+
+
 class Family:
     """All mixtures of one recipe's models: their variants, and the parameters that write one down."""
 
-    def __init__(self, plan: Plan, network: Network, shelf: Shelf, *, split_blocks: bool, outside: bool) -> None:
-        """`plan` is of the method hi_merging; its parameters are replaced. `outside` makes layers of what is none."""
+    def __init__(self, plan: Plan, network: Network, shelf: Shelf, *, split_blocks: bool, outside: bool,
+                 ask: Asking | None = None) -> None:  # fmt: skip
+        """`plan` is of the method hi_merging; its parameters are replaced. `outside` makes layers of what is none.
+
+        `ask` looks at many tensors together; it is needed when densities are shares of a layer or a whole model.
+        """
         self._plan, self._shelf = plan, shelf
         network.check_shapes({tensor.name: tensor.shape for tensor in plan.tensors})
         units = network.units_of(tensor.name for tensor in plan.tensors)
@@ -97,6 +111,10 @@ class Family:
         self._group_of = {name: i for i, group in enumerate(self.groups) for name in group.names}
         self._checkpoints = [shelf.add(checkpoint) for checkpoint in plan.checkpoints]
         self._versions: dict[Any, Version] = {}
+        self._scopes = groups_of(plan.tensors)
+        self._ask = ask
+        # By model and density, the cut of every tensor whose density is a share of more than itself.
+        self._cuts: dict[tuple[int, float], dict[str, Cut]] = {}
 
     @property
     def models(self) -> list[str]:
@@ -114,7 +132,25 @@ class Family:
 
     def variant(self, mixture: Mixture) -> Variant:
         """The model of a mixture."""
+        if self._scopes:
+            rows = [zip(row, mixture.density, strict=True) for row in mixture.parts]
+            self.prepare({own * part.density for row in rows for part, own in row})
         return Variant(tuple(self._version(unit, mixture) for unit in range(len(self._units))))
+
+    def prepare(self, densities: Collection[float]) -> None:
+        """Find the cuts of these densities, of all models at once, where they are not known yet."""
+        pairs = [(m, p) for m in range(len(self.models)) for p in sorted(densities) if (m, p) not in self._cuts]
+        if not self._scopes or not pairs:
+            return
+        assert self._ask is not None
+        self._cuts |= {pair: {} for pair in pairs}
+        for scope in self._scopes:
+            total = sum(tensor.elements for tensor, _ in scope.members)
+            wanted = {(m, kept(p, total)) for m, p in pairs}
+            found = self._ask(scope, partial(group_cuts, quantity=MAGNITUDES, wanted=wanted))
+            for m, p in pairs:
+                for (tensor, _), cut in zip(scope.members, found[m, kept(p, total)], strict=True):
+                    self._cuts[m, p][tensor.name] = cut
 
     def equal_models(self) -> list[list[int]]:
         """Models whose files hold the same bytes, as lists of their numbers; the tensors are read for it."""
@@ -192,6 +228,11 @@ class Family:
         draft = Draft(tensor.dtype, tensor.shape, self._plan.method, made[group, vector], self._reads(tensor),
                       has_base=True, stream=tensor.name, stage="")  # fmt: skip
         reads, steps = work_of(draft)
+        if self._cuts and not vector:
+            densities = made[group, vector].numbers("density")
+            cuts = [self._cuts[m, density][tensor.name] for m, density in enumerate(densities)]
+            found = [[cut.threshold, cut.last] for cut in cuts]
+            steps = tuple(replace(step, found=found, work=tensor.steps[0].work) for step in steps)
         return replace(tensor, reads=reads, steps=steps)
 
 

@@ -20,7 +20,8 @@ from streammerge.kernels.chance import stream_key
 from streammerge.kernels.contract import Settings
 from streammerge.kernels.dtypes import torch_dtype
 from streammerge.kernels.whole import Finder, merge_whole, pad, padded
-from streammerge.plan.plan import Plan, TensorPlan
+from streammerge.plan.plan import Plan
+from streammerge.plan.tensor import TensorPlan
 from streammerge.storage.checkpoint import Checkpoint, TensorSpec
 from streammerge.storage.source import Source
 
@@ -57,7 +58,7 @@ class Shelf:
     """The checkpoints that variants are made of. Owns the open files, and the tensors of the unit in work."""
 
     def __init__(self, find: Finder) -> None:
-        self._find = find
+        self.find = find
         self._numbers: dict[str, int] = {}
         self._sources: list[Source] = []
         self._identities: list[str] = []
@@ -130,7 +131,7 @@ class Shelf:
             flat = merge_whole(
                 step.method, step.settings, [operands[i] for i in step.operands], tensor.shape,
                 has_base=step.has_base, work=torch_dtype(step.work), out=torch_dtype(step.dtype),
-                stream_keys=keys, find=self._find, found=step.found,
+                stream_keys=keys, find=self.find, found=step.found,
             )  # fmt: skip
             if step is not tensor.steps[-1]:
                 operands.append(padded(flat))

@@ -13,12 +13,16 @@ import torch
 
 from streammerge.base.errors import InputError, TaskError
 from streammerge.kernels.compiled import Run, Signature
-from streammerge.kernels.contract import Program
+from streammerge.kernels.contract import Problem, Program
 from streammerge.kernels.whole import Finder
+from streammerge.plan.budget import Schedule
+from streammerge.plan.group import Group
 from streammerge.plan.plan import Plan
 from streammerge.run.compiling import Compile, programs_of, weigh
 from streammerge.run.gpu import choose_device
 from streammerge.run.memory import memory_limit, processors, usage
+from streammerge.run.merge import Options, schedule_for
+from streammerge.run.survey import ask_together, survey_alone
 from streammerge.study.batches import TaskBatches, make_batches
 from streammerge.study.network import Network
 from streammerge.study.scorebook import Scorebook
@@ -77,6 +81,18 @@ class Workbench:
             # A mask of our own would let a sliding layer see beyond its window.
             batches = make_batches(task, split, self.tokenizer, shares_prompts=False, longest=longest)
         return TaskData(task, split, batches, Scoring(task, split, batches))
+
+    def surveyed(self, plan: Plan) -> Plan:
+        """The plan with what must be known of many tensors together before one can be made."""
+        return survey_alone(plan, self.schedule(plan), self.shelf.find, self.sweeper.stopping)
+
+    def ask(self, plan: Plan, group: Group, question: Callable[[Sequence[Problem]], Any]) -> Any:
+        """Ask the tensors of a group together."""
+        return ask_together(plan, group, question, self.schedule(plan), self.shelf.find, self.sweeper.stopping)
+
+    def schedule(self, plan: Plan) -> Schedule:
+        """How a survey of a plan runs in the memory that is left."""
+        return schedule_for(plan, Options(max_memory=self.sweeper.limit_bytes, threads=self.sweeper.threads))
 
 
 @contextmanager

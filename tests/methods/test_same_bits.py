@@ -138,7 +138,7 @@ for recipe, out in json.loads(sys.argv[1]):
 """
 
 
-@pytest.mark.parametrize(("hash_seed", "max_memory"), [("1", None), ("2", "500MB")])
+@pytest.mark.parametrize(("hash_seed", "max_memory"), [("1", None), ("2", "700MB")])
 def test_hash_seed_and_budget_change_no_bit(tmp_path: Path, references: dict[str, Reference], hash_seed: str,
                                             max_memory: str | None) -> None:  # fmt: skip
     jobs = [(str(reference.made.recipe), str(tmp_path / name)) for name, reference in references.items()]

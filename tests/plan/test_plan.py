@@ -13,7 +13,8 @@ import pytest
 import streammerge
 from streammerge.api import make_plan as plan
 from streammerge.base.errors import RecipeError, ShapeMismatch
-from streammerge.plan.plan import Plan, TensorPlan
+from streammerge.plan.plan import Plan
+from streammerge.plan.tensor import TensorPlan
 from streammerge.run.memory import usage
 from tests.models import make_models, write_recipe
 from tests.plan.headers import SPECS, Specs, alter, make_checkpoint, make_plan

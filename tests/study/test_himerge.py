@@ -25,8 +25,10 @@ from torch import Tensor
 import streammerge
 from streammerge.base.errors import RecipeError, Stopped, TaskError
 from streammerge.plan.analysis import AnalysisOptions
+from streammerge.plan.group import Group
 from streammerge.plan.recipe import load_recipe
-from streammerge.run.merge import Options, make_plan
+from streammerge.run.merge import Options, make_plan, schedule_for
+from streammerge.run.survey import ask_together
 from streammerge.study.findings import Findings, Given
 from streammerge.study.himerge import analyze
 from streammerge.study.mixture import DROP, HALF, KEEP, Family, Mixture
@@ -91,6 +93,8 @@ def test_one_whole_model_at_weight_one_is_that_model_and_at_zero_the_base(
         ("blocks", (0.7, 0.45), {}),
         ("parts", (1.0, 1.0), {"analysis": {"layer": "parts", "outside": "analysed"}}),
         ("elected", (1.0, 1.0), {"parameters": {"sign_consensus": True, "lambda": 0.9}}),
+        ("of the model", (0.7, 0.45), {"parameters": {"density_scope": "model"}}),
+        ("of the layer", (1.0, 0.45), {"parameters": {"density_scope": "layer"}}),
     ],
 )
 def test_the_decided_recipe_writes_the_model_that_was_decided_on(
@@ -165,9 +169,14 @@ def _made(findings: Findings, recipe: Path, base: Path, analysis: Mapping[str, A
     """The tensors of the result as sweeps see it: made by a family, never written."""
     shelf = Shelf(lambda program, signature: None)
     options = AnalysisOptions(**(analysis or {}))
+    plan = make_plan(recipe, Options())
+
+    def ask(group: Group, question: Any) -> Any:
+        return ask_together(plan, group, question, schedule_for(plan, Options()), shelf.find, lambda: False)
+
     family = Family(
-        make_plan(recipe, Options()), Network(base, torch.device("cpu")), shelf,
-        split_blocks=options.layer == "parts", outside=options.outside == "analysed",
+        plan, Network(base, torch.device("cpu")), shelf, split_blocks=options.layer == "parts",
+        outside=options.outside == "analysed", ask=ask,
     )  # fmt: skip
     made: dict[str, Tensor] = {}
     with ThreadPoolExecutor(1) as pool:

@@ -1,0 +1,130 @@
+"""One output tensor, planned: what is read for it, the steps that are done with it, and where its bytes go."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+from streammerge.base.dtypes import DTYPES
+from streammerge.kernels.contract import BLOCK, Grain, Method, Settings, grain_of
+from streammerge.plan.draft import Draft, Read
+
+
+@dataclass(frozen=True)
+class Step:
+    """One merge: a method over some operands, base first if `has_base`.
+
+    An operand below the number of a tensor's reads is one of them, the next ones are the results of earlier steps.
+    `work` is the dtype of the arithmetic, F32 or F64; `stream` names the random bits. `found` is what a survey of many
+    tensors found for this one, once there was one.
+    """
+
+    method: Method
+    settings: Settings
+    operands: tuple[int, ...]
+    has_base: bool
+    dtype: str
+    work: str
+    stream: str
+    stage: str
+    found: Any = None
+
+    def grain(self, shape: Sequence[int]) -> Grain:
+        return grain_of(shape, by_rows=self.method.by_rows(self.settings))
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One output tensor: what is read for it, what is done, and where its bytes go.
+
+    Without steps the bytes of the first read are copied, after making sure that all reads agree (integers are never
+    computed with). With steps, the last one's result is written.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    elements: int
+    reads: tuple[Read, ...]
+    steps: tuple[Step, ...]
+    shard: int
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.elements * DTYPES[self.dtype].itemsize
+
+    @property
+    def read_bytes(self) -> int:
+        """The bytes of all that is read, once."""
+        return sum(read.spec.nbytes for read in self.reads)
+
+    @property
+    def action(self) -> Literal["merge", "copy", "equal"]:
+        return "merge" if self.steps else "copy" if len(self.reads) == 1 else "equal"
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The dtype of every operand: of the reads, then of the steps."""
+        return (*(read.spec.dtype for read in self.reads), *(step.dtype for step in self.steps))
+
+    @property
+    def passes(self) -> int:
+        """How often it is read when what is read does not stay in memory."""
+        return 1 + sum(step.method.passes(step.settings, self._narrow(step)) - 1 for step in self.steps)
+
+    @property
+    def survey_passes(self) -> int:
+        """How often it is read before the first tensor is merged, together with others."""
+        surveyed = [step.method for step in self.steps if step.method.scope(step.settings) != "tensor"]
+        return sum(method.survey_passes for method in surveyed)
+
+    @cached_property
+    def quantum(self) -> int:
+        """A tile's elements are a multiple of this, for the units of every step to be whole; or else all of them."""
+        units = {step.grain(self.shape).unit for step in self.steps} or {BLOCK}
+        return min(math.lcm(*units), max(1, self.elements) if len(units) > 1 else math.lcm(*units))
+
+    def _narrow(self, step: Step) -> bool:
+        return all(DTYPES[self.dtypes[i]].bits == 16 for i in step.operands)
+
+
+def work_of(draft: Read | Draft) -> tuple[tuple[Read, ...], tuple[Step, ...]]:
+    """What is read for an output tensor, and the steps that are done with it; none if it comes to a copy."""
+    reads: list[Read] = []
+    # A step is an operand by its number, counted from −1 downwards until the number of reads is known.
+    steps: list[Step] = []
+    known: dict[int, int] = {}
+
+    def operand(of: Read | Draft) -> int:
+        if isinstance(of, Read):
+            if of not in reads:
+                reads.append(of)
+            return reads.index(of)
+        if (copied := of.copied) is not None:
+            return operand(copied)
+        if id(of) not in known:
+            operands = tuple(operand(each) for each in of.operands)
+            work = "F64" if "F64" in {of.dtype, *(each.dtype for each in of.operands)} else "F32"
+            steps.append(Step(of.method, of.settings, operands, of.has_base, of.dtype, work, of.stream, of.stage))
+            known[id(of)] = -len(steps)
+        return known[id(of)]
+
+    if DTYPES[draft.dtype].kind == "exact":
+        return tuple(dict.fromkeys(_leaves(draft))), ()
+    operand(draft)
+    count = len(reads)
+    numbered = [replace(step, operands=tuple(i if i >= 0 else count - 1 - i for i in step.operands)) for step in steps]
+    return tuple(reads), tuple(numbered)
+
+
+def _leaves(draft: Read | Draft) -> Iterator[Read]:
+    """Everything that a tensor is made of. Of integers all of it must agree."""
+    if isinstance(draft, Read):
+        yield draft
+        return
+    for each in draft.operands:
+        yield from _leaves(each)
