@@ -67,6 +67,7 @@ def merge(
     seed: int = 0,
     restart: bool = False,
     strict: bool = False,
+    rng: Literal["position", "mergekit"] = "position",
     note: Callable[[str], None] | None = None,
 ) -> Report:
     """Merge `recipe` into the directory `out`, going on where an earlier run stopped.
@@ -74,7 +75,7 @@ def merge(
     Sizes are bytes or text like "24GB". `note` is called with what the user should know. Raises StreamMergeError.
     """
     options = Options(_size(max_memory), _size(max_gpu_memory), device, threads, _shard_size(out_shard_size), compile,
-                      seed, restart, strict)  # fmt: skip
+                      seed, restart, strict, rng)  # fmt: skip
     path = Path(recipe)
     if load_recipe(path, strict=strict).is_analysed:
         from streammerge.study.analysis import analysis_folder, decided_for_merge, decided_path

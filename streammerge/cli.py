@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -82,6 +83,10 @@ def merge(
     threads: Threads = None,
     compile_: Compile = "auto",
     seed: Seed = 0,
+    rng: Annotated[
+        Literal["position", "mergekit"],
+        typer.Option("--rng", help="What DARE draws: bits by position, or the numbers mergekit draws for that seed."),
+    ] = "position",
     restart: Annotated[bool, typer.Option("--restart", help="Throw away unfinished work in OUT first.")] = False,
     spill: Spill = None,
     strict: Strict = False,
@@ -95,6 +100,7 @@ def merge(
     """
     with _terminal(quiet=quiet, as_json=as_json, log=log) as terminal:
         options = _options(max_memory, max_gpu_memory, device, out_shard_size, threads, compile_, seed, restart, strict)
+        options = replace(options, rng=rng)
         from streammerge import report
         from streammerge.run.merge import merge as run_merge
 
@@ -461,16 +467,13 @@ def _study_options(max_memory: str | None, device: str, threads: int | None,
 def _options(max_memory: str | None, max_gpu_memory: str | None, device: str, out_shard_size: str,
              threads: int | None, compile_: Literal["auto", "on", "off"], seed: int, restart: bool,
              strict: bool) -> Options:  # fmt: skip
-    sizes = {
-        "max_memory": None if max_memory is None else parse_size(max_memory, flag="--max-memory"),
-        "max_gpu_memory": None if max_gpu_memory is None else parse_size(max_gpu_memory, flag="--max-gpu-memory"),
-    }
+    memory = None if max_memory is None else parse_size(max_memory, flag="--max-memory")
+    gpu_memory = None if max_gpu_memory is None else parse_size(max_gpu_memory, flag="--max-gpu-memory")
     shard_bytes = parse_shard_size(out_shard_size)
     from streammerge.run.merge import Options
 
     return Options(
-        **sizes, device=device, threads=threads, shard_bytes=shard_bytes, compile=compile_, seed=seed, restart=restart,
-        strict=strict,
+        memory, gpu_memory, device, threads, shard_bytes, compile_, seed=seed, restart=restart, strict=strict
     )  # fmt: skip
 
 

@@ -55,7 +55,8 @@ class Tile(NamedTuple):
     By rows, a tile is one unit: they have shape (rows, width), and what follows is of one block.
 
     `starts` (blocks, 1) int64 is the index in the tensor of each block's first element; `keys` (blocks, models, 2)
-    int32 are the keys of the random bits. They are None unless the program asks for them.
+    int32 are the keys of the random bits, or, when these come one after the other, (blocks, models, BLOCK) float32 are
+    random numbers. They are None unless the program asks for them.
     """
 
     base: Tensor | None
@@ -164,12 +165,15 @@ class Param:
 class Settings:
     """The parameters of one tensor, resolved: `shared` by name, `models` one value per non-base model.
 
-    `depth` says how far along the layers the tensor is, 0 to 1, for methods that ask (`Method.by_depth`).
+    `depth` says how far along the layers the tensor is, 0 to 1, for methods that ask (`Method.by_depth`). With
+    `sequential`, a float dtype, random numbers come one after the other, as mergekit draws them, and are compared with
+    shares rounded to it.
     """
 
     shared: Mapping[str, Value | None]
     models: Mapping[str, tuple[Value | None, ...]]
     depth: float = 0.0
+    sequential: torch.dtype | None = None
 
     def number(self, name: str) -> float:
         value = self.shared[name]

@@ -3,7 +3,7 @@
     none        all
     magnitude   the share `density`, the largest
     outliers    the share `density`, the largest but for the share `gamma` of the very largest
-    random      each with probability `density`
+    random      each with probability `density`; `sequential` with numbers that are drawn one after the other
     ranked      each with a probability that grows with its rank among the entries of its row
 
 `measured` gives the arguments of `sparse`. A density of 1 or more keeps everything, of 0 nothing.
@@ -36,7 +36,7 @@ from streammerge.kernels.cut import (
 from streammerge.kernels.groupcut import group_cuts
 from streammerge.kernels.rank import by_rank
 
-Sparsifier = Literal["none", "magnitude", "outliers", "random", "ranked"]
+Sparsifier = Literal["none", "magnitude", "outliers", "random", "sequential", "ranked"]
 
 
 class Needs(NamedTuple):
@@ -57,6 +57,7 @@ NEEDS: dict[Sparsifier, Needs] = {
     "magnitude": Needs(CUT_ARGUMENTS, starts=True, cuts=MAGNITUDES),
     "outliers": Needs((*CUT_ARGUMENTS, *_TOP_ARGUMENTS), starts=True, cuts=_TWO_CUTS),
     "random": Needs((Argument("limit", dtype=torch.int32),), keys=True),
+    "sequential": Needs((Argument("share", dtype=torch.float32),), keys=True),
     # A limit for every rank of a row.
     "ranked": Needs((Argument("limits", ("K", "any"), torch.int32),), keys=True),
 }
@@ -157,6 +158,10 @@ def measured(problem: Problem, sparsifier: Sparsifier) -> Looking[dict[str, Tens
     if sparsifier == "none":
         return {}
     densities = settings.numbers("density")
+    if sparsifier == "sequential":
+        # torch compares numbers of float32 with a share of the dtype of the deltas.
+        shares = [2.0 if density >= 1 else density for density in densities]
+        return {"share": torch.tensor(shares, dtype=settings.sequential).to(torch.float32)}
     if sparsifier == "random":
         return {"limit": torch.tensor([keep_limit(density) for density in densities], dtype=torch.int32)}
     return {"limits": _rank_limits(problem, densities, settings.numbers("epsilon"))}
@@ -188,6 +193,11 @@ def _drawn(tile: Tile, arguments: Arguments, delta: Tensor, i: int) -> Tensor:
     return keep_mask(tile.keys[:, i], arguments["limit"][i], delta.shape[-1])
 
 
+def _drawn_in_turn(tile: Tile, arguments: Arguments, delta: Tensor, i: int) -> Tensor:
+    assert tile.keys is not None
+    return tile.keys[:, i] < arguments["share"][i]
+
+
 def _drawn_by_rank(tile: Tile, arguments: Arguments, delta: Tensor, i: int) -> Tensor:
     assert tile.keys is not None
     limits = by_rank(magnitude(delta), arguments["limits"][i])
@@ -198,6 +208,7 @@ _STAYS: dict[Sparsifier, Callable[[Tile, Arguments, Tensor, int], Tensor]] = {
     "magnitude": _under_cut,
     "outliers": _between_cuts,
     "random": _drawn,
+    "sequential": _drawn_in_turn,
     "ranked": _drawn_by_rank,
 }
 

@@ -79,6 +79,8 @@ def task_vector_method(name: str, doc: str, *, sparsifier: Sparsifier, election:
         return masks(settings) and settings.flag("rescale") and not (draws and settings.text("rescale_by") == "density")
 
     def used(settings: Settings) -> Sparsifier:
+        if settings.sequential is not None and sparsifier == "random" and masks(settings):
+            return "sequential"
         return sparsifier if masks(settings) else "none"
 
     def scope(settings: Settings) -> Scope:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from streammerge.base.dtypes import DTYPES, promote
 from streammerge.base.errors import RecipeError, ShapeMismatch
 from streammerge.kernels.contract import Method, Param, Settings, Value
@@ -93,14 +95,19 @@ def view_of(model: str, number: int, checkpoint: Checkpoint) -> View:
     return View(model, tensors, tuple((number, layer) for layer in range(depth)))
 
 
-def draft_stages(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> tuple[View, list[str]]:
-    """What the last stage makes, and warnings. Raises RecipeError, or ShapeMismatch when only shapes disagree."""
+def draft_stages(
+    recipe: Recipe, checkpoints: Sequence[Checkpoint], *, sequential: bool = False
+) -> tuple[View, list[str]]:
+    """What the last stage makes, and warnings. Raises RecipeError, or ShapeMismatch when only shapes disagree.
+
+    With `sequential`, random numbers are drawn as mergekit draws them.
+    """
     views = {
         model: view_of(model, i, each) for i, (model, each) in enumerate(zip(recipe.inputs, checkpoints, strict=True))
     }
     warnings: list[str] = []
     for stage in recipe.stages:
-        made = _Drafting(recipe, stage, views)
+        made = _Drafting(recipe, stage, views, sequential=sequential)
         result = made.run()
         warnings += made.warnings
         if stage.name is not None:
@@ -111,8 +118,10 @@ def draft_stages(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> tuple[Vie
 class _Drafting:
     """The work on one stage."""
 
-    def __init__(self, recipe: Recipe, stage: Stage, views: Mapping[str, View]) -> None:
+    def __init__(self, recipe: Recipe, stage: Stage, views: Mapping[str, View], *, sequential: bool) -> None:
         self._recipe, self._stage, self._views = recipe, stage, views
+        self._sequential = sequential
+        self._drawing: dict[tuple[int, str], Settings] = {}
         self._layers: dict[tuple[str, int], dict[int, list[str]]] = {}
         self.warnings: list[str] = []
 
@@ -140,9 +149,11 @@ class _Drafting:
         for place in places:
             operands = self._operands(place)
             own = stage.name or ""
+            dtype = self._output_dtype(operands)
+            stream = f"{own}/{place.name}" if own else place.name
             tensors[place.name] = Draft(
-                self._output_dtype(operands), operands[0].shape, stage.method, settings[place.name], operands,
-                place.part.base is not None, f"{own}/{place.name}" if own else place.name, own,
+                dtype, operands[0].shape, stage.method, self._drawn(settings[place.name], operands), operands,
+                place.part.base is not None, stream, own,
             )  # fmt: skip
         left = [name for name, owner in owners.items() if owner is None]
         if left:
@@ -333,6 +344,20 @@ class _Drafting:
         if DTYPES[operands[0].dtype].kind == "exact":
             return operands[0].dtype
         return self._stage.out_dtype or self._stage.dtype or promote([operand.dtype for operand in operands])
+
+    def _drawn(self, settings: Settings, operands: Sequence[Read | Draft]) -> Settings:
+        """The settings, saying in which dtype mergekit would draw."""
+        method = self._stage.method
+        if not self._sequential or not method.program(settings).needs_keys:
+            return settings
+        if method.by_rows(settings):
+            raise self._error([f"--rng mergekit can repeat what DARE draws there, not what {method.name} does"])
+        stored = self._stage.dtype or promote([operand.dtype for operand in operands])
+        key = (id(settings), stored)
+        if key not in self._drawing:
+            dtype = torch.bfloat16 if stored == "BF16" else torch.float32
+            self._drawing[key] = replace(settings, sequential=dtype)
+        return self._drawing[key]
 
     # --- parameters --------------------------------------------------------------------------------------------------
 

@@ -57,19 +57,28 @@ class Plan:
         text = json.dumps(self.facts, sort_keys=True, separators=(",", ":"))
         return xxhash.xxh3_128_hexdigest(text.encode())
 
+    @property
+    def draws_in_turn(self) -> bool:
+        """Whether random numbers are drawn one after the other."""
+        return any(settings.sequential is not None for settings in self.settings.values())
+
     @cached_property
     def bytes_to_write(self) -> int:
         return sum(shard.nbytes for shard in self.shards)
 
 
 def build_plan(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, seed: int, shard_bytes: int,
-               strict: bool = False) -> Plan:  # fmt: skip
+               strict: bool = False, sequential: bool = False) -> Plan:  # fmt: skip
     """The plan of `recipe` over its checkpoints (one per `recipe.inputs`, in that order). `strict`: no warnings pass.
+
+    With `sequential`, random numbers are drawn one after the other, as mergekit draws them.
 
     Raises ShapeMismatch when only shapes disagree, RecipeError for everything else; both name every tensor (the first
     ten) that is wrong.
     """
-    result, warnings = draft_stages(recipe, checkpoints)
+    if sequential:
+        assert recipe.only, "drawing in mergekit's order knows one document of whole models"
+    result, warnings = draft_stages(recipe, checkpoints, sequential=sequential)
     if strict and warnings:
         raise RecipeError(str(recipe.path), warnings)
     drafts = result.tensors
@@ -138,7 +147,8 @@ def _parameter_facts(settings: Mapping[str, Settings]) -> dict[str, Any]:
 def _settings_text(settings: Settings) -> str:
     values: Mapping[str, Any] = {**settings.shared, **settings.models}
     text = ", ".join(f"{name} {_values_text(value)}" for name, value in sorted(values.items()))
-    return text if settings.depth == 0 else f"{text}, depth {settings.depth}"
+    text += f", depth {settings.depth}" if settings.depth else ""
+    return text + (f", drawn in turn in {settings.sequential}" if settings.sequential is not None else "")
 
 
 def _values_text(value: Any) -> str:

@@ -89,7 +89,7 @@ def programs_of(tensors: Sequence[TensorPlan]) -> dict[tuple[Program, Signature]
     counts: dict[tuple[Program, Signature], int] = {}
     for tensor in tensors:
         for step in tensor.steps:
-            if step.grain(tensor.shape).width is not None:
+            if step.grain(tensor.shape).width is not None or step.settings.sequential is not None:
                 continue
             method, look = step.method, signature_of(tensor, step)
             used = [(program, look) for program in method.looks(step.settings)]

@@ -16,8 +16,10 @@ from collections.abc import Iterator, Sequence
 
 from streammerge.base.errors import UserError
 from streammerge.plan.budget import Schedule
+from streammerge.plan.plan import Plan
 from streammerge.plan.tensor import TensorPlan
 from streammerge.run.arena import Area
+from streammerge.run.draws import Draws
 from streammerge.run.journal import Done
 from streammerge.run.lane import Merged, scan
 from streammerge.run.looking import Looker, Work
@@ -28,9 +30,10 @@ class Engine:
     """One walk over a plan. Owns nothing; everything it works with is given to it."""
 
     def __init__(
-        self, seed: int, schedule: Schedule, *, looker: Looker, reader: ReadAhead, writer: WriteBehind
+        self, plan: Plan, schedule: Schedule, *, looker: Looker, reader: ReadAhead, writer: WriteBehind
     ) -> None:
-        self._seed, self._schedule = seed, schedule
+        self._seed, self._schedule = plan.seed, schedule
+        self._draws = Draws(plan) if plan.draws_in_turn else None
         self._looker, self._reader, self._writer = looker, reader, writer
         # Tensors whose first tiles are asked for and not yet in work, with those tiles.
         self._ahead: deque[tuple[TensorPlan, list[Tile]]] = deque()
@@ -80,7 +83,7 @@ class Engine:
         resident = looker.stays_in_memory(tensor)
         if resident:
             self._read_ahead()
-        work = Work(tensor, self._seed)
+        work = Work(tensor, self._seed, self._draws)
         tiles = looker.measure(work, tiles, resident=resident)
         self._read_ahead()
         last = len(tensor.steps) - 1

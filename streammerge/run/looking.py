@@ -20,6 +20,7 @@ from streammerge.plan.budget import SCRATCH_BLOCKS, Schedule, stays, tile_elemen
 from streammerge.plan.tensor import TensorPlan
 from streammerge.run.arena import Area, Arena
 from streammerge.run.compiling import signature_of
+from streammerge.run.draws import Draws
 from streammerge.run.lane import Lane, Merged, Stretch
 from streammerge.run.pipeline import ReadAhead, Tile, read_elements
 from streammerge.storage.source import Source
@@ -34,8 +35,8 @@ T = TypeVar("T")
 class Work:
     """A tensor in work: what every step is run with, and the arguments of those that are measured."""
 
-    def __init__(self, tensor: TensorPlan, seed: int) -> None:
-        self.tensor = tensor
+    def __init__(self, tensor: TensorPlan, seed: int, draws: Draws | None = None) -> None:
+        self.tensor, self._draws = tensor, draws
         self.signatures = [signature_of(tensor, step) for step in tensor.steps]
         self.grains = [step.grain(tensor.shape) for step in tensor.steps]
         self.arguments: list[Arguments] = []
@@ -57,7 +58,10 @@ class Work:
         """The operands of a step in `areas`: whole units from element `start` on, or that begin at `starts`."""
         step, grain = self.tensor.steps[number], self.grains[number]
         keys = None
-        if program.needs_keys and starts is None:
+        if program.needs_keys and step.settings.sequential is not None:
+            assert self._draws is not None
+            keys = self._draws.tile(self.tensor.name, self.signatures[number].models, start, elements)
+        elif program.needs_keys and starts is None:
             keys = block_keys(self._keys[number], start // grain.unit, grain.units(elements))
         elif program.needs_keys:
             assert starts is not None

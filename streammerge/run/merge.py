@@ -13,11 +13,11 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
-from streammerge.base.errors import DoesNotFit, InputError, RecipeError, Stopped
+from streammerge.base.errors import DoesNotFit, InputError, RecipeError, Stopped, UserError
 from streammerge.base.units import format_size
 from streammerge.kernels.compiled import Cache, Run, Signature
 from streammerge.kernels.contract import Program
@@ -55,7 +55,7 @@ from streammerge.storage.source import Source
 
 @dataclass(frozen=True)
 class Options:
-    """Where and how a merge runs: none of it changes the result, but for `seed` and `shard_bytes`."""
+    """Where and how a merge runs: none of it changes the result, but for `seed`, `rng` and `shard_bytes`."""
 
     max_memory: int | None = None
     max_gpu_memory: int | None = None
@@ -66,6 +66,7 @@ class Options:
     seed: int = 0
     restart: bool = False
     strict: bool = False
+    rng: Literal["position", "mergekit"] = "position"
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,10 @@ def plan_recipe(recipe: Recipe, options: Options) -> Plan:
             same = f"{recipe.inputs[first]} and {recipe.inputs[i]} are the same model; list it once"
             raise RecipeError(str(recipe_path), [same])
     checkpoints = [open_checkpoint(path) for path in paths]
-    made = build_plan(recipe, checkpoints, seed=options.seed, shard_bytes=options.shard_bytes, strict=options.strict)
+    made = build_plan(
+        recipe, checkpoints, seed=options.seed, shard_bytes=options.shard_bytes, strict=options.strict,
+        sequential=options.rng == "mergekit",
+    )  # fmt: skip
     kinds = {
         model: kind for model, each in zip(recipe.inputs, checkpoints, strict=True) if (kind := architecture(each))
     }
@@ -178,6 +182,8 @@ def merge(recipe_path: Path, out: Path, options: Options, observer: Observer) ->
     if finished_digest(out) == plan.digest:
         return _finished_before(plan, out)
     device = choose_device(options.device)
+    if plan.draws_in_turn and device.type != "cpu":
+        raise UserError("--rng mergekit: numbers are drawn in mergekit's order on the CPU only; add --device cpu.")
     schedule = schedule_for(plan, options)
     check_disk(plan, out)
     # Written last, read now too: what is wrong with them is said before the work.
@@ -266,7 +272,7 @@ def _run(plan: Plan, schedule: Schedule, pending: list[TensorPlan], out: Path, w
         with observer.running(status, to_read, to_write):
             try:
                 tensors = survey(plan, pending, looker, reader, SurveyBook(work, plan.digest))
-                Engine(plan.seed, schedule, looker=looker, reader=reader, writer=writer).run(tensors)
+                Engine(plan, schedule, looker=looker, reader=reader, writer=writer).run(tensors)
             finally:
                 # Also when stopped or failed: what is finished goes to disk and into the journal.
                 writer.close()

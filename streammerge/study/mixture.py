@@ -203,7 +203,7 @@ class Family:
         groups = sorted({self._group_of[tensor.name] for tensor in self._units[unit]})
         key = (unit, mixture.density, mixture.scale, mixture.weight, tuple(mixture.parts[i] for i in groups))
         if key not in self._versions:
-            made: dict[tuple[int, bool], Settings] = {}
+            made: dict[tuple[int, bool, float], Settings] = {}
             tensors = [self._tensor(tensor, mixture, made) for tensor in self._units[unit]]
             self._versions[key] = self._version_of(tensors)
         return self._versions[key]
@@ -215,21 +215,23 @@ class Family:
         """The tensor in every model, the base first."""
         return tuple(Read(i, checkpoint.tensors[tensor.name]) for i, checkpoint in enumerate(self._plan.checkpoints))
 
-    def _tensor(self, tensor: TensorPlan, mixture: Mixture, made: dict[tuple[int, bool], Settings]) -> TensorPlan:
+    def _tensor(
+        self, tensor: TensorPlan, mixture: Mixture, made: dict[tuple[int, bool, float], Settings]
+    ) -> TensorPlan:
         group, vector = self._group_of[tensor.name], len(tensor.shape) < 2
-        if (group, vector) not in made:
+        usual = self._plan.settings[tensor.name]
+        key = (group, vector, usual.depth)
+        if key not in made:
             rows = list(zip(mixture.parts[group], mixture.density, mixture.scale, strict=True))
             density = tuple(1.0 if vector else own * part.density for part, own, _ in rows)
             scale = tuple(own * part.scale for part, _, own in rows)
-            usual = self._plan.settings[tensor.name]
-            made[group, vector] = Settings(
-                usual.shared, {**usual.models, "weight": mixture.weight, "density": density, "scale": scale}
-            )
-        draft = Draft(tensor.dtype, tensor.shape, self._plan.method, made[group, vector], self._reads(tensor),
+            models = {**usual.models, "weight": mixture.weight, "density": density, "scale": scale}
+            made[key] = replace(usual, models=models)
+        draft = Draft(tensor.dtype, tensor.shape, self._plan.method, made[key], self._reads(tensor),
                       has_base=True, stream=tensor.name, stage="")  # fmt: skip
         reads, steps = work_of(draft)
         if self._cuts and not vector:
-            densities = made[group, vector].numbers("density")
+            densities = made[key].numbers("density")
             cuts = [self._cuts[m, density][tensor.name] for m, density in enumerate(densities)]
             found = [[cut.threshold, cut.last] for cut in cuts]
             steps = tuple(replace(step, found=found, work=tensor.steps[0].work) for step in steps)
