@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from streammerge.kernels.contract import BLOCK, Argument, Arguments, Look, Problem, Program, Tile
+from streammerge.kernels.select import counted, infinite_for_nan
 
 # For one search of a column.
 PIVOTS = 8
@@ -52,8 +53,7 @@ CUT_ARGUMENTS = (Argument("threshold"), Argument("last", dtype=torch.int64))
 
 def magnitude(values: Tensor) -> Tensor:
     """|values|, with NaN as infinity."""
-    size = values.abs()
-    return torch.where(size == size, size, float("inf"))  # noqa: PLR0124 - false for NaN only
+    return infinite_for_nan(values.abs())
 
 
 def magnitudes(tile: Tile, arguments: Arguments) -> list[Tensor]:
@@ -83,15 +83,13 @@ Sizes = Callable[[Tile, Arguments], list[Tensor]]
 def _count(tile: Tile, arguments: Arguments, sizes: Sizes) -> Tensor:
     """(blocks, columns, pivots): how many sizes of a block are >= each pivot.
 
-    float32 holds every count up to 65,536 exactly, and adds them faster than integers. By rows it is one block.
+    By rows it is one block.
     """
     pivots = arguments["pivots"]
     counts = []
     for column, size in enumerate(sizes(tile, arguments)):
         flat = size if size.shape[-1] == BLOCK else size.reshape(1, -1)
-        dtype = torch.float32 if flat.shape[-1] <= BLOCK else torch.float64
-        ones = [torch.where(flat >= pivots[column, i], 1.0, 0.0).to(dtype).sum(-1) for i in range(pivots.shape[1])]
-        counts.append(torch.stack(ones, -1))
+        counts.append(torch.stack([counted(flat >= pivots[column, i]) for i in range(pivots.shape[1])], -1))
     return torch.stack(counts, 1)
 
 

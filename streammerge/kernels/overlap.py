@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from streammerge.kernels.contract import Argument, Arguments, Program, Tile
+from streammerge.kernels.select import counted, masked
 
 _EPSILON = Argument("epsilon", (1,))
 
@@ -18,8 +19,8 @@ def count_changes(tile: Tile, arguments: Arguments) -> Tensor:
     """(blocks, 2K): per model, how many of its changes are shared, and how many its own. Exact up to a block."""
     changes = _changes(tile, arguments)
     count = _count(changes)
-    shared = [torch.where(changed & (count > 1), 1.0, 0.0).sum(-1) for changed in changes]
-    own = [torch.where(changed & (count == 1), 1.0, 0.0).sum(-1) for changed in changes]
+    shared = [counted(changed & (count > 1)) for changed in changes]
+    own = [counted(changed & (count == 1)) for changed in changes]
     return torch.stack(shared + own, -1)
 
 
@@ -31,7 +32,7 @@ def merge_changes(tile: Tile, arguments: Arguments, scaled: bool) -> Tensor:
     merged = torch.zeros_like(tile.base)
     for i, (changed, delta) in enumerate(zip(changes, tile.deltas(), strict=True)):
         part = torch.where(count == 1, delta * arguments["factor"][i], delta) if scaled else delta
-        merged = merged + torch.where(changed, part, 0.0)
+        merged = merged + masked(changed, part)
     return tile.base + merged / count.clamp(min=1.0)
 
 
@@ -47,7 +48,7 @@ def _changes(tile: Tile, arguments: Arguments) -> list[Tensor]:
 
 
 def _count(changes: list[Tensor]) -> Tensor:
-    count = torch.where(changes[0], 1.0, 0.0)
+    count = changes[0].to(torch.float32)
     for changed in changes[1:]:
-        count = count + torch.where(changed, 1.0, 0.0)
+        count = count + changed.to(torch.float32)
     return count

@@ -5,6 +5,8 @@ The order is size descending, then index ascending, as in cut.py.
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -29,9 +31,14 @@ def _order_by_keys(sizes: Tensor) -> Tensor:
     numpy sorts 64-bit integers with vector instructions; a stable sort by torch takes seven times as long.
     """
     # The bits of floats that are not negative have their order. + 0.0 makes a negative zero positive.
-    bits = (sizes + 0.0).view(torch.int32)
-    keys = ((0x7FFFFFFF - bits).to(torch.int64) << 32) | torch.arange(sizes.shape[-1])
-    return torch.from_numpy(np.sort(keys.numpy(), axis=-1)) & 0xFFFFFFFF
+    bits = (sizes + 0.0).view(torch.int32).numpy()
+    keys = np.empty(bits.shape, np.int64)
+    low, high = (0, 1) if sys.byteorder == "little" else (1, 0)
+    halves = keys.view(np.int32).reshape(*bits.shape, 2)
+    np.subtract(np.int32(0x7FFFFFFF), bits, out=halves[..., high])
+    halves[..., low] = np.arange(bits.shape[-1], dtype=np.int32)
+    keys.sort(axis=-1)
+    return torch.from_numpy(halves[..., low].astype(np.int64))
 
 
 def _scatter(table: Tensor, order: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from streammerge.kernels.cut import (
 )
 from streammerge.kernels.groupcut import group_cuts
 from streammerge.kernels.rank import by_rank
+from streammerge.kernels.select import masked
 
 Sparsifier = Literal["none", "magnitude", "outliers", "random", "sequential", "ranked"]
 
@@ -173,7 +174,7 @@ def sparse(tile: Tile, arguments: Arguments, sparsifier: Sparsifier) -> list[Ten
     if sparsifier == "none":
         return deltas
     stays = _STAYS[sparsifier]
-    return [torch.where(stays(tile, arguments, delta, i), delta, 0.0) for i, delta in enumerate(deltas)]
+    return [masked(stays(tile, arguments, delta, i), delta) for i, delta in enumerate(deltas)]
 
 
 def _under_cut(tile: Tile, arguments: Arguments, delta: Tensor, i: int) -> Tensor:

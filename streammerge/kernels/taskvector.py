@@ -30,6 +30,7 @@ from streammerge.kernels.contract import (
     Settings,
     Tile,
 )
+from streammerge.kernels.select import masked, of_sign, one_for_zero
 from streammerge.kernels.sparsify import (
     NEEDS,
     PARAMS,
@@ -237,12 +238,12 @@ def _merge(tile: Tile, arguments: Arguments, sparsifier: Sparsifier, election: b
     positive = merged >= 0
     merged, weight_sum = torch.zeros_like(merged), torch.zeros_like(merged)
     for i, part in enumerate(parts):
-        agrees = torch.where(positive, part > 0, part < 0)
-        merged = merged + torch.where(agrees, part, 0.0)
+        agrees = of_sign(part, positive)
+        merged = merged + masked(agrees, part)
         if normalize:
-            weight_sum = weight_sum + torch.where(agrees, arguments["weight"][i], 0.0)
+            weight_sum = weight_sum + agrees.to(merged.dtype) * arguments["weight"][i]
     if normalize:
-        merged = merged / torch.where(weight_sum == 0, 1.0, weight_sum)
+        merged = merged / one_for_zero(weight_sum)
     return tile.base + merged * arguments["lambda"]
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from streammerge.kernels.contract import Argument, Arguments, Measuring, Method, Param, Problem, Program, Settings, Tile
+from streammerge.kernels.select import masked
 
 
 def agreed(tile: Tile, arguments: Arguments) -> Tensor:
@@ -28,8 +29,8 @@ def agreed(tile: Tile, arguments: Arguments) -> Tensor:
     wanted = torch.zeros_like(tile.base)
     for i, delta in enumerate(deltas):
         unwanted = delta.abs() < (merged - delta).abs() * arguments["mask_lambda"][i]
-        wanted = wanted + torch.where(unwanted, 0.0, 1.0)
-    kept = torch.where(wanted >= arguments["consensus"], merged, 0.0)
+        wanted = wanted + (~unwanted).to(wanted.dtype)
+    kept = masked(wanted >= arguments["consensus"], merged)
     return tile.base + kept * arguments["lambda"]
 
 

@@ -29,6 +29,7 @@ from streammerge.kernels.contract import (
     Tile,
 )
 from streammerge.kernels.cut import CUT_ARGUMENTS, MAGNITUDES, cut_mask, magnitude
+from streammerge.kernels.select import masked, one_for_zero
 from streammerge.kernels.sparsify import SCOPE, SURVEY_PASSES, check, cut_survey, measured, scope_of
 from streammerge.kernels.taskvector import LINES_PARAMS, by_depth, lines_factor
 
@@ -40,9 +41,9 @@ def stitched(tile: Tile, arguments: Arguments) -> Tensor:
     merged, weight_sum = torch.zeros_like(tile.base), torch.zeros_like(tile.base)
     for i, delta in enumerate(tile.deltas()):
         mask = cut_mask(magnitude(delta), tile.starts, arguments["threshold"][i], arguments["last"][i])
-        merged = merged + torch.where(mask, delta * arguments["weight"][i], 0.0)
-        weight_sum = weight_sum + torch.where(mask, arguments["weight"][i], 0.0)
-    return tile.base + merged / torch.where(weight_sum == 0, 1.0, weight_sum) * arguments["lambda"]
+        merged = merged + masked(mask, delta * arguments["weight"][i])
+        weight_sum = weight_sum + mask.to(merged.dtype) * arguments["weight"][i]
+    return tile.base + merged / one_for_zero(weight_sum) * arguments["lambda"]
 
 
 _PROGRAM = Program(

@@ -31,6 +31,7 @@ from streammerge.kernels.contract import (
     Tile,
 )
 from streammerge.kernels.cut import CUT_ARGUMENTS, Looking, Quantity, cut_arguments, cut_mask, find_cuts
+from streammerge.kernels.select import infinite_for_nan, masked, of_sign
 from streammerge.kernels.taskvector import LINES_PARAMS, by_depth, lines_factor
 
 _SMALLEST_WEIGHT_SUM = 1e-6
@@ -44,7 +45,7 @@ def deviation(tile: Tile, arguments: Arguments) -> list[Tensor]:
     mean = _sum(deltas) / len(deltas)
     variance = _sum([(delta - mean) * (delta - mean) for delta in deltas]) / len(deltas)
     size = variance.sqrt().to(tile.base.dtype)
-    return [torch.where(size == size, size, float("inf"))]  # noqa: PLR0124 - false for NaN only
+    return [infinite_for_nan(size)]
 
 
 DEVIATION = Quantity(deviation, columns=1)
@@ -57,7 +58,7 @@ def selected(tile: Tile, arguments: Arguments, selects: bool) -> list[Tensor]:
         return deltas
     assert tile.starts is not None
     mask = cut_mask(deviation(tile, arguments)[0], tile.starts, arguments["threshold"][0], arguments["last"][0])
-    return [torch.where(mask, delta, 0.0) for delta in deltas]
+    return [masked(mask, delta) for delta in deltas]
 
 
 def squares(tile: Tile, arguments: Arguments, selects: bool) -> Tensor:
@@ -73,9 +74,9 @@ def fused(tile: Tile, arguments: Arguments, selects: bool) -> Tensor:
     positive = _sum(deltas) >= 0
     merged, weight_sum = torch.zeros_like(tile.base), torch.zeros_like(tile.base)
     for i, delta in enumerate(deltas):
-        agrees = torch.where(positive, delta > 0, delta < 0)
-        merged = merged + torch.where(agrees, delta * arguments["weight"][i], 0.0)
-        weight_sum = weight_sum + torch.where(agrees, arguments["weight"][i], 0.0)
+        agrees = of_sign(delta, positive)
+        merged = merged + masked(agrees, delta * arguments["weight"][i])
+        weight_sum = weight_sum + agrees.to(merged.dtype) * arguments["weight"][i]
     return tile.base + merged / weight_sum.clamp(min=_SMALLEST_WEIGHT_SUM) * arguments["factor"]
 
 
