@@ -24,6 +24,8 @@ class Method:
         return (self.base, *self.models) if is_extra and self.base else self.models
 
 
+_BREADCRUMBS = "{weight: 0.5, density: 0.5, gamma: 0.01}"
+_DELLA = "{weight: 0.5, density: 0.5, epsilon: 0.1}"
 _ALL = [
     Method("linear", ("a", "b"), model_parameters="{weight: 0.5}"),
     Method("task_arithmetic", ("a", "b"), base="base", model_parameters="{weight: 0.5}"),
@@ -32,9 +34,30 @@ _ALL = [
     # Two passes: the recipe language's DARE rescales by a sum over the whole tensor before and after its mask.
     Method("dare_ties", ("a", "b"), base="base", model_parameters="{weight: 0.5, density: 0.5}", num_passes=2),
     Method("dare_linear", ("a", "b"), base="base", model_parameters="{weight: 0.5, density: 0.5}", num_passes=2),
+    Method("breadcrumbs", ("a", "b"), base="base", model_parameters=_BREADCRUMBS, num_passes=2),
+    Method("breadcrumbs_ties", ("a", "b"), base="base", model_parameters=_BREADCRUMBS, num_passes=2),
+    Method("della", ("a", "b"), base="base", model_parameters=_DELLA, num_passes=2),
+    Method("della_linear", ("a", "b"), base="base", model_parameters=_DELLA, num_passes=2),
+    Method("nuslerp", ("a", "b"), model_parameters="{weight: 0.5}", num_passes=2),
+    Method("multislerp", ("a", "b"), base="base", model_parameters="{weight: 0.5}", num_passes=2),
+    Method("karcher", ("a", "b"), num_passes=2),
+    Method("model_stock", ("a", "b"), base="base", num_passes=2),
+    Method("nearswap", ("a", "b"), base="a", parameters="{t: 0.001}"),
+    Method("arcee_fusion", ("a", "b"), base="a", num_passes=4),
+    Method("sce", ("a", "b"), base="base", parameters="{select_topk: 0.5}", num_passes=4),
+    Method("ram", ("a", "b"), base="base"),
+    Method("ramplus_tl", ("a", "b"), base="base", num_passes=2),
     Method("passthrough", ("a",)),
 ]
-METHODS = {method.name: method for method in _ALL}
+# mergekit knows these too; it lacks the ones below.
+OURS_ALONE = [
+    Method("hi_merging", ("a", "b"), base="base", model_parameters="{weight: 0.5, density: 0.5}", num_passes=2),
+    Method("metagpt", ("a", "b"), base="base", num_passes=2),
+    Method("localize_and_stitch", ("a", "b"), base="base", num_passes=4),
+    Method("consensus", ("a", "b"), base="base", model_parameters="{weight: 0.5}"),
+    Method("average", ("base", "a", "b")),
+]
+METHODS = {method.name: method for method in _ALL + OURS_ALONE}
 
 
 def write_recipe(path: Path, method: Method, checkpoints: Mapping[str, Path]) -> Path:

@@ -30,7 +30,7 @@ from benchlib.image import mounted_image
 from benchlib.machine import describe_machine, describe_versions
 from benchlib.measure import Measurement, measure, sync_filesystem
 from benchlib.project import ROOT, child_environment, helper_environment, streammerge_command
-from benchlib.recipes import METHODS, Method, write_recipe
+from benchlib.recipes import METHODS, OURS_ALONE, Method, write_recipe
 from benchlib.tables import format_mib, markdown_facts, markdown_table, save_json
 
 SUMMARY = "seconds and peak memory of whole merges, beside mergekit and plain copying"
@@ -100,6 +100,8 @@ def run(options: argparse.Namespace) -> int:
     print(markdown_facts(facts))
     for method in methods:
         _print_method(method, [entry for entry in runs if entry.method == method.name])
+    if len(methods) > 1:
+        _print_all(methods, runs, spec.tensor_bytes)
     return 1 if any(entry.error for entry in runs) else 0
 
 
@@ -154,7 +156,7 @@ def _list_tools(
     merged = str(filesystem / "merged")
     copied = str(filesystem / "copied.safetensors")
     tools = [Tool(OURS, (*streammerge_command(), str(recipe), merged, "--json"), child_environment(), merges=True)]
-    if mergekit is not None:
+    if mergekit is not None and method not in OURS_ALONE:
         command = (str(mergekit / "mergekit-yaml"), str(recipe), merged, "--no-copy-tokenizer")
         tools.append(Tool("mergekit", command, child_environment(), merges=True))
     shell = 'out=$1; shift; cat "$@" > /dev/null && cp "$1" "$out" && sync -f "$out"'
@@ -226,6 +228,30 @@ def _print_method(method: Method, runs: Sequence[Run]) -> None:
     fastest = min(good.get(OURS) or [], key=lambda m: m.seconds, default=None)
     if fastest is not None and fastest.report:
         print(f"\n{OURS} reports of its fastest run: {_format_report(fastest.report)}")
+
+
+def _print_all(methods: Sequence[Method], runs: Sequence[Run], model_bytes: int) -> None:
+    """One row per method. GB/s counts every input once, and the output, over the whole process."""
+    rows = []
+    for method in methods:
+        found: dict[str, list[Measurement]] = {}
+        for entry in runs:
+            if entry.method == method.name and not entry.error:
+                found.setdefault(entry.tool, []).append(entry.measurement)
+        if OURS not in found:
+            rows.append([method.name, "failed", *[""] * 5])
+            continue
+        seconds = min(m.seconds for m in found[OURS])
+        peak = max(m.largest_process_bytes for m in found[OURS])
+        theirs = min((m.seconds for m in found.get("mergekit", [])), default=None)
+        rate = (len(method.inputs) + 1) * model_bytes / seconds / 1e9
+        rows.append([
+            method.name, f"{seconds:.2f}", f"{rate:.2f}", format_mib(peak), "" if theirs is None else f"{theirs:.1f}",
+            "" if theirs is None else f"{theirs / seconds:.1f}",
+            "" if theirs is None else format_mib(max(m.largest_process_bytes for m in found["mergekit"])),
+        ])  # fmt: skip
+    headers = ["all methods", "min s", "GB/s", "peak MiB", "mergekit, min s", "times as fast", "mergekit's peak MiB"]
+    print(f"\n{markdown_table(headers, rows)}")
 
 
 def _row(tool: str, measurements: Sequence[Measurement], ours: float | None) -> list[str]:
