@@ -25,6 +25,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from streammerge.base.errors import InputError, ShapeMismatch, UserError
+from streammerge.plan.names import layer_of
 from streammerge.study.batches import Batch
 
 # Layers that take a mask and positions as they are given, so that choices can share a prompt.
@@ -130,7 +131,18 @@ class Network:
         return units
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise ShapeMismatch when tensors of these names are not of the shapes the model has."""
+        """Raise ShapeMismatch for tensors that are not of the shapes the model has, or of layers beyond its."""
+        blocks = self.num_units - 2
+        beyond = [
+            name
+            for name in shapes
+            if (layer := layer_of(name)) is not None and layer[1] >= blocks and not self._names.targets(name)
+        ]
+        if beyond:
+            raise ShapeMismatch(
+                f"{beyond[0]} is of a layer beyond the {blocks} of {self._directory}. Models that are scored together "
+                f"have as many layers: merge a recipe that changes their number, and score its directory alone."
+            )
         wrong = self._names.misshapen(shapes)
         if wrong:
             name, found, expected = wrong[0]

@@ -1,4 +1,4 @@
-"""`--rng mergekit`: DARE keeps the entries that mergekit 0.1.5 keeps for the same seed (scripts/compat asks mergekit itself).
+"""`--rng mergekit`: DARE keeps the entries that mergekit 0.1.5 keeps for the same seed (scripts/compat asks mergekit).
 
 What it does is done again here: one generator, tensors by name, models in order, a Bernoulli number per element.
 """

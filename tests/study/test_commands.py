@@ -129,3 +129,16 @@ def test_the_proxy_says_that_it_is_one(demo: Demo, tmp_path: Path) -> None:
     assert "proxy" in done.out
     assert "proxy" in (tmp_path / "new.yaml").read_text()
     assert "no data confirmed" in (tmp_path / "new.yaml.analysis" / "report.html").read_text()
+
+
+def test_a_recipe_of_more_layers_is_not_scored_as_if_it_had_fewer(demo: Demo, tmp_path: Path) -> None:
+    base = str(demo.models["base"])
+    recipe = tmp_path / "tall.yaml"
+    slices = [{"sources": [{"model": base, "layer_range": layers}]} for layers in ([0, 4], [2, 6])]
+    recipe.write_text(yaml.safe_dump({"merge_method": "passthrough", "slices": slices}))
+    done = streammerge("eval", recipe, "--tasks", demo.tasks)
+    assert done.code == 2
+    assert "model.layers.6." in done.err
+    assert "is of a layer beyond the 6 of" in done.err
+    assert streammerge(recipe, tmp_path / "tall").code == 0
+    assert streammerge("eval", tmp_path / "tall", "--tasks", demo.tasks).code == 0
