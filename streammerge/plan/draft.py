@@ -378,20 +378,20 @@ class _Drafting:
                     values if param.vectors else (param.default,) * len(values)
                     for param, values in zip(method.params, found, strict=True)
                 ]
-            values = tuple(value for values in found for value in values)
-            pairs = list(zip(method.params, found, strict=True))
-            resolved = Settings(
-                {param.name: values[0] for param, values in pairs if not param.per_model},
-                {param.name: values for param, values in pairs if param.per_model},
-            )
-            if not problems and method.by_depth(resolved):
-                resolved = replace(resolved, depth=place.depth)
-            same = (*map(repr, values), resolved.depth, len(place.part.models))
-            if same not in made:
-                made[same] = resolved
+            values = (*(repr(value) for values in found for value in values), len(place.part.models))
+            if (*values, place.depth) not in made:
+                pairs = list(zip(method.params, found, strict=True))
+                resolved = Settings(
+                    {param.name: values[0] for param, values in pairs if not param.per_model},
+                    {param.name: values for param, values in pairs if param.per_model},
+                )
+                if not problems and method.by_depth(resolved):
+                    resolved = replace(resolved, depth=place.depth)
                 if not problems:
                     problems |= dict.fromkeys(method.check(resolved))
-            settings[place.name] = made[same]
+                # One object for all tensors that have the same.
+                made[*values, place.depth] = made.setdefault((*values, "at", resolved.depth), resolved)
+            settings[place.name] = made[*values, place.depth]
         all_problems += problems
         if places:
             self.warnings += self._unmatched_filters(places)

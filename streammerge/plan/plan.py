@@ -123,10 +123,12 @@ def _facts(recipe: Recipe, checkpoints: Sequence[Checkpoint], tensors: Sequence[
 def _work_facts(tensors: Sequence[TensorPlan]) -> str:
     """What is done for every tensor: which inputs, which methods, in which order."""
     hashing = xxhash.xxh3_128()
+    texts = {id(step.settings): step.settings for tensor in tensors for step in tensor.steps}
+    named = {key: _settings_text(settings) for key, settings in texts.items()}
     for tensor in tensors:
         reads = [[read.checkpoint, read.spec.name] for read in tensor.reads]
         steps = [
-            [step.method.name, _settings_text(step.settings), step.operands, step.has_base, step.dtype, step.work,
+            [step.method.name, named[id(step.settings)], step.operands, step.has_base, step.dtype, step.work,
              step.stream]
             for step in tensor.steps
         ]  # fmt: skip
@@ -136,9 +138,10 @@ def _work_facts(tensors: Sequence[TensorPlan]) -> str:
 
 def _parameter_facts(settings: Mapping[str, Settings]) -> dict[str, Any]:
     """The parameters, and for each set of them the tensors that have it."""
+    named = {key: _settings_text(own) for key, own in {id(own): own for own in settings.values()}.items()}
     groups: dict[str, list[str]] = {}
     for name, own in settings.items():
-        groups.setdefault(_settings_text(own), []).append(name)
+        groups.setdefault(named[id(own)], []).append(name)
     return {
         text: xxhash.xxh3_128_hexdigest("\n".join(sorted(names)).encode()) for text, names in sorted(groups.items())
     }
