@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from streammerge.base.dtypes import DTYPES
 from streammerge.kernels.contract import BLOCK, Grain, Method, Settings, grain_of
-from streammerge.plan.draft import Draft, Read
+from streammerge.plan.draft import Draft
+from streammerge.plan.view import Operand, Read
 
 
 @dataclass(frozen=True)
@@ -92,18 +93,19 @@ class TensorPlan:
         return all(DTYPES[self.dtypes[i]].bits == 16 for i in step.operands)
 
 
-def work_of(draft: Read | Draft) -> tuple[tuple[Read, ...], tuple[Step, ...]]:
+def work_of(draft: Operand) -> tuple[tuple[Read, ...], tuple[Step, ...]]:
     """What is read for an output tensor, and the steps that are done with it; none if it comes to a copy."""
     reads: list[Read] = []
     # A step is an operand by its number, counted from −1 downwards until the number of reads is known.
     steps: list[Step] = []
     known: dict[int, int] = {}
 
-    def operand(of: Read | Draft) -> int:
+    def operand(of: Operand) -> int:
         if isinstance(of, Read):
             if of not in reads:
                 reads.append(of)
             return reads.index(of)
+        assert isinstance(of, Draft)
         if (copied := of.copied) is not None:
             return operand(copied)
         if id(of) not in known:
@@ -121,10 +123,11 @@ def work_of(draft: Read | Draft) -> tuple[tuple[Read, ...], tuple[Step, ...]]:
     return tuple(reads), tuple(numbered)
 
 
-def _leaves(draft: Read | Draft) -> Iterator[Read]:
+def _leaves(draft: Operand) -> Iterator[Read]:
     """Everything that a tensor is made of. Of integers all of it must agree."""
     if isinstance(draft, Read):
         yield draft
         return
+    assert isinstance(draft, Draft)
     for each in draft.operands:
         yield from _leaves(each)

@@ -17,12 +17,13 @@ from torch import Tensor
 from streammerge.kernels.contract import Problem, Settings
 from streammerge.kernels.cut import MAGNITUDES, Cut, kept
 from streammerge.kernels.groupcut import group_cuts
-from streammerge.plan.draft import Draft, Read
+from streammerge.plan.draft import Draft
 from streammerge.plan.group import Group as Scope
 from streammerge.plan.group import groups_of
 from streammerge.plan.names import layer_of
 from streammerge.plan.plan import Plan
 from streammerge.plan.tensor import TensorPlan, work_of
+from streammerge.plan.view import Read
 from streammerge.study.network import Network
 from streammerge.study.variants import Shelf, Variant, Version, make_version
 
