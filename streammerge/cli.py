@@ -79,6 +79,7 @@ def merge(
     max_memory: MaxMemory = None,
     max_gpu_memory: MaxGpuMemory = None,
     device: Device = "auto",
+    cuda: Annotated[bool, typer.Option("--cuda", help="mergekit's way to say --device cuda.", hidden=True)] = False,
     out_shard_size: ShardSize = "5GB",
     threads: Threads = None,
     compile_: Compile = "auto",
@@ -99,6 +100,7 @@ def merge(
     A hi_merging recipe with tasks is analysed first: decisions and report are left in OUT.analysis beside OUT.
     """
     with _terminal(quiet=quiet, as_json=as_json, log=log) as terminal:
+        device = "cuda" if cuda else device
         options = _options(max_memory, max_gpu_memory, device, out_shard_size, threads, compile_, seed, restart, strict)
         options = replace(options, rng=rng)
         from streammerge import report

@@ -1,4 +1,4 @@
-"""What every stage of a recipe makes, tensor by tensor: a method with its parameters over operands, before any layout."""
+"""What every stage of a recipe makes, tensor by tensor: a method, its parameters, its operands; before any layout."""
 
 from __future__ import annotations
 
