@@ -241,7 +241,7 @@ def _merge(tile: Tile, arguments: Arguments, sparsifier: Sparsifier, election: b
         agrees = of_sign(part, positive)
         merged = merged + masked(agrees, part)
         if normalize:
-            weight_sum = weight_sum + agrees.to(merged.dtype) * arguments["weight"][i]
+            weight_sum = weight_sum + masked(agrees, arguments["weight"][i].expand(agrees.shape))
     if normalize:
         merged = merged / one_for_zero(weight_sum)
     return tile.base + merged * arguments["lambda"]

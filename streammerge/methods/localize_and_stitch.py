@@ -42,7 +42,7 @@ def stitched(tile: Tile, arguments: Arguments) -> Tensor:
     for i, delta in enumerate(tile.deltas()):
         mask = cut_mask(magnitude(delta), tile.starts, arguments["threshold"][i], arguments["last"][i])
         merged = merged + masked(mask, delta * arguments["weight"][i])
-        weight_sum = weight_sum + mask.to(merged.dtype) * arguments["weight"][i]
+        weight_sum = weight_sum + masked(mask, arguments["weight"][i].expand(mask.shape))
     return tile.base + merged / one_for_zero(weight_sum) * arguments["lambda"]
 
 

@@ -76,7 +76,7 @@ def fused(tile: Tile, arguments: Arguments, selects: bool) -> Tensor:
     for i, delta in enumerate(deltas):
         agrees = of_sign(delta, positive)
         merged = merged + masked(agrees, delta * arguments["weight"][i])
-        weight_sum = weight_sum + agrees.to(merged.dtype) * arguments["weight"][i]
+        weight_sum = weight_sum + masked(agrees, arguments["weight"][i].expand(agrees.shape))
     return tile.base + merged / weight_sum.clamp(min=_SMALLEST_WEIGHT_SUM) * arguments["factor"]
 
 
