@@ -1,7 +1,8 @@
 """Tiny stand-ins for the models people merge: Llama, Qwen2 with and without a head of its own, and GPT-2.
 
 Of each a `base` and models near it, as fine-tunes are: `one` differs everywhere, `two` in two elements of five, `three`
-little, and not at all in embeddings, head and norms. `far` is another model altogether.
+little, and not at all in embeddings, head and norms; `strong` as `one`, and five times as much. `far` is another model
+altogether.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 HIDDEN, INNER, LAYERS, HEADS, VOCABULARY = 48, 132, 4, 4, 200
-MODELS = ("base", "one", "two", "three", "far")
+MODELS = ("base", "one", "two", "three", "strong", "far")
 
 _ROPE = {
     "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
@@ -71,6 +72,8 @@ def _delta(model: str, name: str, noise: Tensor, common: Tensor) -> Tensor:
     delta = 1e-3 * (0.8 * noise + 0.6 * common)
     if model == "two":
         return torch.where(noise.frac().abs() < 0.4, delta, 0.0)
+    if model == "strong":
+        return 5 * delta
     if model == "three":
         return torch.zeros_like(delta) if delta.dim() == 1 or "layers." not in name and ".h." not in name else delta / 3
     return delta
