@@ -171,9 +171,9 @@ PUBLISHED: dict[str, Recipe] = {
         "breadcrumbs_ties", ("one", {"weight": 0.4, "density": 0.9, "gamma": 0.01}), ("two", {"weight": 0.3}),
         base="base", density=0.9, gamma=0.01, normalize=True,
     ),
-    "slices that end with more sources": _stack(
+    "linear, slices that end with more sources": _stack(
         "linear", [_source("one", 0, 2, weight=1.0)], [_source("two", 2, 4, weight=0.5),
-                                                       _source("three", 2, 4, weight=0.5)],
+                                                       _source("far", 2, 4, weight=0.5)],
     ),
 }  # fmt: skip
 
@@ -217,7 +217,7 @@ AWKWARD: dict[str, Recipe] = {
     "arcee_fusion, very different models": _recipe("arcee_fusion", ("far", {}), base="base"),
     "arcee_fusion, small change": _recipe("arcee_fusion", ("one", {}), base="base"),
     "arcee_fusion, smaller change, frozen tensors": _recipe("arcee_fusion", ("three", {}), base="base"),
-    "arcee_fusion, small sparse change": _recipe("arcee_fusion", ("two", {}), base="base"),
+    "arcee_fusion, small change, sparse": _recipe("arcee_fusion", ("two", {}), base="base"),
     "sce, all": _recipe("sce", ("one", {}), ("two", {}), ("far", {}), base="base"),
     "sce, nothing selected": _recipe("sce", ("one", {}), ("two", {}), base="base", select_topk=0.0),
     "sce, very few": _recipe("sce", ("one", {}), ("far", {}), base="base", select_topk=0.001),
