@@ -75,7 +75,8 @@ def _delta(model: str, name: str, noise: Tensor, common: Tensor) -> Tensor:
     if model == "strong":
         return 5 * delta
     if model == "three":
-        return torch.zeros_like(delta) if delta.dim() == 1 or "layers." not in name and ".h." not in name else delta / 3
+        is_frozen = delta.dim() == 1 or ("layers." not in name and ".h." not in name)
+        return torch.zeros_like(delta) if is_frozen else delta / 3
     return delta
 
 
