@@ -8,7 +8,7 @@ of published recipes, and what is easily got wrong. Models are named as in stand
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -281,12 +281,32 @@ CHANCE: dict[str, Recipe] = {
 }  # fmt: skip
 
 
-def placed(recipe: Recipe, folder: str, **top: Any) -> Recipe:
-    """The recipe with its models in `folder`, and `top` added."""
+# Several documents in one file, the last of which uses the others by name; for mergekit-multi there.
+STAGED: dict[str, list[Recipe]] = {
+    "slerp of a ties merge": [
+        {"name": "both", **_recipe("ties", ("one", {"weight": 0.6, "density": 0.5}),
+                                   ("two", {"weight": 0.5, "density": 0.7}), base="base")},
+        _recipe("slerp", ("far", {}), base="both", t=[0.1, 0.6]),
+    ],
+    "stack of merges": [
+        {"name": "soup", **_recipe("linear", ("one", {"weight": 0.5}), ("far", {"weight": 0.5}))},
+        {"name": "sum", **_recipe("task_arithmetic", ("one", {"weight": 1.0}), ("three", {"weight": 2.0}),
+                                  base="base")},
+        _stack("passthrough", [_source("soup", 0, 3)], [_source("sum", 1, 4)]),
+    ],
+}  # fmt: skip
+
+
+def placed(recipe: Recipe, folder: str, stages: Sequence[str] = (), **top: Any) -> Recipe:
+    """The recipe with its models, unless they are names of `stages`, in `folder`, and `top` added."""
+
+    def place(model: str) -> str:
+        return model if model in stages else f"{folder}/{model}"
+
     content = {**copy.deepcopy(recipe), **top}
     parts = [content, *content.get("slices", [])]
     for source in [each for part in parts for each in (*part.get("models", []), *part.get("sources", []))]:
-        source["model"] = f"{folder}/{source['model']}"
+        source["model"] = place(source["model"])
     if "base_model" in content:
-        content["base_model"] = f"{folder}/{content['base_model']}"
+        content["base_model"] = place(content["base_model"])
     return content

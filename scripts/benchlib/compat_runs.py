@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -22,18 +22,19 @@ from streammerge.api import make_plan, merge
 from streammerge.base.errors import StreamMergeError
 from streammerge.plan.draft import Draft, Read, draft_stages
 from streammerge.plan.plan import Plan
-from tests.methods.oracles import Array, Expected, Given, oracle
+from tests.methods.oracles import Array, Expected, Given, oracle, rounded
 
 # mergekit's own command, called for one recipe after the other: importing it takes longer than merging.
 MERGEKIT = """
 import json, sys, warnings
 warnings.simplefilter("ignore")
-from mergekit.scripts.run_yaml import main
+from mergekit.scripts import multimerge, run_yaml
 failed = {}
-for recipe, out in json.load(open(sys.argv[1])):
+for recipe, out, staged in json.load(open(sys.argv[1])):
+    command, where = (multimerge, ["--out-path", out, "-I", out + ".stages"]) if staged else (run_yaml, [out])
     try:
-        main([recipe, out, "--no-copy-tokenizer", "--no-write-model-card", "--random-seed", "1", "--quiet"],
-             standalone_mode=False)
+        command.main([recipe, *where, "--no-copy-tokenizer", "--no-write-model-card", "--random-seed", "1", "--quiet"],
+                     standalone_mode=False)
     except Exception as error:
         failed[recipe] = f"{type(error).__name__}: {error}"
 json.dump(failed, open(sys.argv[2], "w"))
@@ -78,6 +79,10 @@ class Run:
         return make_plan(self.recipe)
 
     @property
+    def staged(self) -> bool:
+        return len(self.plan.recipe.stages) > 1
+
+    @property
     def method(self) -> str:
         return self.plan.method.name
 
@@ -88,20 +93,27 @@ class Run:
             raise Unexplained(f"other tensors: {sorted(set(ours) ^ set(theirs))[:5]}")
         drafts = draft_stages(self.plan.recipe, self.plan.checkpoints)[0].tensors
         for name, mine in ours.items():
-            other, draft = theirs[name], drafts[name]
-            assert isinstance(draft, Draft)
+            other = theirs[name]
             if mine.dtype != other.dtype == torch.float32 and self.method in FLOAT32_OUTPUTS:
                 other = other.to(mine.dtype)
             if (mine.dtype, mine.shape) != (other.dtype, other.shape):
                 raise Unexplained(f"{name} is {mine.dtype} {mine.shape} and {other.dtype} {other.shape}")
-            given = self._given(draft)
-            yield given, oracle(draft.method.name, given), flat(mine), flat(other)
+            draft = drafts[name]
+            assert isinstance(draft, Draft), name
+            given, expected = self._expect(draft)
+            yield given, expected, flat(mine), flat(other)
+
+    def _expect(self, draft: Draft) -> tuple[Given, Expected]:
+        given = self._given(draft)
+        return given, oracle(draft.method.name, given)
+
+    def _values(self, operand: Read | Draft) -> Array:
+        if isinstance(operand, Draft):
+            return rounded(self._expect(operand)[1].values, operand.dtype)
+        return flat(load_model(Path(self.plan.recipe.inputs[operand.checkpoint]))[operand.spec.name])
 
     def _given(self, draft: Draft) -> Given:
-        values = []
-        for read in draft.operands:
-            assert isinstance(read, Read)
-            values.append(flat(load_model(Path(self.plan.recipe.inputs[read.checkpoint]))[read.spec.name]))
+        values = [self._values(operand) for operand in draft.operands]
         base = values.pop(0) if draft.has_base else None
         extra = {"shape": draft.shape, "depth": draft.settings.depth}
         extra = {name: value for name, value in extra.items() if name in Given.__dataclass_fields__}
@@ -122,10 +134,14 @@ class Kitchen:
         self.refusals: dict[Path, str] = {}  # ours
 
     def add(self, kind: str, label: str, recipe: Mapping[str, Any], models: Path, **top: str) -> None:
+        self.add_staged(kind, label, [recipe], models, **top)
+
+    def add_staged(self, kind: str, label: str, stages: Sequence[Mapping[str, Any]], models: Path, **top: str) -> None:
         home = self._folder / f"{len(self.runs):04d}"
         home.mkdir(parents=True)
-        content = placed(dict(recipe), str(models), **top)
-        (home / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+        names = [stage["name"] for stage in stages if "name" in stage]
+        documents = [placed(dict(stage), str(models), names, **top) for stage in stages]
+        (home / "recipe.yaml").write_text(yaml.safe_dump_all(documents, sort_keys=False))
         self.runs.append(Run(label, kind, home / "recipe.yaml"))
 
     def cook(self, environment: Path) -> None:
@@ -135,7 +151,7 @@ class Kitchen:
         started = []
         for half in range(2):
             jobs, failed = self._folder / f"jobs{half}.json", self._folder / f"failed{half}.json"
-            jobs.write_text(json.dumps([(str(run.recipe), str(run.theirs)) for run in self.runs[half::2]]))
+            jobs.write_text(json.dumps([(str(run.recipe), str(run.theirs), run.staged) for run in self.runs[half::2]]))
             command = [str(environment / "bin" / "python"), "-c", MERGEKIT, str(jobs), str(failed)]
             log = (self._folder / f"log{half}.txt").open("w")
             started.append((subprocess.Popen(command, env=variables, stdout=log, stderr=log), failed, log))
