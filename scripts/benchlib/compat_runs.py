@@ -65,6 +65,7 @@ class Run:
     label: str
     kind: str
     recipe: Path
+    staged: bool = False
 
     @property
     def ours(self) -> Path:
@@ -77,10 +78,6 @@ class Run:
     @cached_property
     def plan(self) -> Plan:
         return make_plan(self.recipe)
-
-    @property
-    def staged(self) -> bool:
-        return len(self.plan.recipe.stages) > 1
 
     @property
     def method(self) -> str:
@@ -142,7 +139,7 @@ class Kitchen:
         names = [stage["name"] for stage in stages if "name" in stage]
         documents = [placed(dict(stage), str(models), names, **top) for stage in stages]
         (home / "recipe.yaml").write_text(yaml.safe_dump_all(documents, sort_keys=False))
-        self.runs.append(Run(label, kind, home / "recipe.yaml"))
+        self.runs.append(Run(label, kind, home / "recipe.yaml", len(stages) > 1))
 
     def cook(self, environment: Path) -> None:
         """mergekit in two processes; ours meanwhile."""
