@@ -112,9 +112,9 @@ class Run:
     def _given(self, draft: Draft) -> Given:
         values = [self._values(operand) for operand in draft.operands]
         base = values.pop(0) if draft.has_base else None
-        extra = {"shape": draft.shape, "depth": draft.settings.depth}
-        extra = {name: value for name, value in extra.items() if name in Given.__dataclass_fields__}
-        return Given(draft.stream, base, values, draft.settings.shared, draft.settings.models, **extra)
+        settings = draft.settings
+        return Given(draft.stream, base, values, settings.shared, settings.models, shape=draft.shape,
+                     depth=settings.depth)  # fmt: skip
 
 
 def flat(tensor: Tensor) -> Array:
