@@ -246,6 +246,10 @@ AWKWARD: dict[str, Recipe] = {
     "ties, opposite weights": _recipe("ties", ("one", {"weight": 0.7}), ("two", {"weight": -0.4}), base="base",
                                       density=0.6),
     "ties, base listed": _recipe("ties", ("base", {}), ("one", {"weight": 1.0, "density": 0.4}), base="base"),
+    "task_arithmetic, weights that sum to next to nothing": _recipe(
+        "task_arithmetic", ("one", {"weight": 0.1}), ("two", {"weight": 0.2}), ("strong", {"weight": -0.3}),
+        base="base", normalize=True,
+    ),
     "dare_ties, normalised": _recipe("dare_ties", ("one", {"weight": 0.7}), ("two", {"weight": 0.4}), base="base",
                                      normalize=True),
     "breadcrumbs, large gamma": _recipe("breadcrumbs", ("one", {"weight": 0.7}), ("two", {"weight": 0.4}),

@@ -122,10 +122,10 @@ def flat(tensor: Tensor) -> Array:
 
 
 class Kitchen:
-    """Writes recipes, and has both tools merge them."""
+    """Writes recipes, those whose label contains `only`, and has both tools merge them."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, only: str = "") -> None:
+        self._folder, self._only = folder, only
         self.runs: list[Run] = []
         self.failures: dict[Path, str] = {}  # of mergekit, by recipe
         self.refusals: dict[Path, str] = {}  # ours
@@ -134,6 +134,8 @@ class Kitchen:
         self.add_staged(kind, label, [recipe], models, **top)
 
     def add_staged(self, kind: str, label: str, stages: Sequence[Mapping[str, Any]], models: Path, **top: str) -> None:
+        if self._only not in label:
+            return
         home = self._folder / f"{len(self.runs):04d}"
         home.mkdir(parents=True)
         names = [stage["name"] for stage in stages if "name" in stage]
