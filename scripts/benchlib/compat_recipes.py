@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 Recipe = dict[str, Any]
@@ -27,7 +27,7 @@ class Usage:
 
 
 _WEIGHTS = ((0.7, 0.1), (0.4, 0.8), (-0.2, 0.3))
-_DENSITIES = ((0.5, 0.9), (0.3, 0.6), (0.8, 0.02))
+DENSITIES = ((0.5, 0.9), (0.3, 0.6), (0.8, 0.02))
 _GAMMAS = ((0.01, 0.2), (0.05, 0.0), (0.4, 0.1))
 _THREE = ("one", "two", "three")
 
@@ -51,12 +51,12 @@ USAGES: dict[str, Usage] = {
     "ram": Usage(_THREE, "base", {}, {"epsilon": (3e-4, 1e-3)}),
     "ramplus_tl": Usage(_THREE, "base", {}, {"r": (0.1, 0.4), "alpha": (0.2, 0.6), "epsilon": (3e-4, 1e-3)}),
     "task_arithmetic": _family((False, True)),
-    "ties": _family((True, False), density=_DENSITIES),
-    # At density 1: the tools draw other masks.
+    "ties": _family((True, False), density=DENSITIES),
+    # At density 1, as the tools draw other masks.
     "dare_linear": _family((False, True), (True, False), density=((1.0, 1.0),) * 3),
     "dare_ties": _family((False, True), (True, False), density=((1.0, 1.0),) * 3),
-    "breadcrumbs": _family((False, True), (False, True), density=_DENSITIES, gamma=_GAMMAS),
-    "breadcrumbs_ties": _family((False, True), (False, True), density=_DENSITIES, gamma=_GAMMAS),
+    "breadcrumbs": _family((False, True), (False, True), density=DENSITIES, gamma=_GAMMAS),
+    "breadcrumbs_ties": _family((False, True), (False, True), density=DENSITIES, gamma=_GAMMAS),
     "della": _family((True, False), (True, False), density=((1.0, 1.0),) * 3),
     "della_linear": _family((False, True), (True, False), density=((1.0, 1.0),) * 3),
 }
@@ -64,9 +64,9 @@ USAGES: dict[str, Usage] = {
 # --- the four forms ---------------------------------------------------------------------------------------------------
 
 
-def forms(method: str) -> dict[str, Recipe]:
-    """One recipe for each of models, slices, gradient and filter."""
-    usage = USAGES[method]
+def forms(method: str, **each: tuple[Pair, ...]) -> dict[str, Recipe]:
+    """One recipe for each of models, slices, gradient and filter; `each` are other values per model than the usual."""
+    usage = replace(USAGES[method], each={**USAGES[method].each, **each})
     return {
         "models": _of_models(method, usage, lambda pair: pair[0]),
         "slices": _of_slices(method, usage),

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -24,6 +24,8 @@ from streammerge.plan.draft import Draft, Read, draft_stages
 from streammerge.plan.plan import Plan
 from tests.methods.oracles import Array, Expected, Given, oracle, rounded
 
+SEED = 1
+
 # mergekit's own command, called for one recipe after the other: importing it takes longer than merging.
 MERGEKIT = """
 import json, sys, warnings
@@ -33,7 +35,8 @@ failed = {}
 for recipe, out, staged in json.load(open(sys.argv[1])):
     command, where = (multimerge, ["--out-path", out, "-I", out + ".stages"]) if staged else (run_yaml, [out])
     try:
-        command.main([recipe, *where, "--no-copy-tokenizer", "--no-write-model-card", "--random-seed", "1", "--quiet"],
+        command.main([recipe, *where, "--no-copy-tokenizer", "--no-write-model-card", "--random-seed", sys.argv[3],
+                      "--quiet"],
                      standalone_mode=False)
     except Exception as error:
         failed[recipe] = f"{type(error).__name__}: {error}"
@@ -113,8 +116,8 @@ class Run:
         values = [self._values(operand) for operand in draft.operands]
         base = values.pop(0) if draft.has_base else None
         settings = draft.settings
-        return Given(draft.stream, base, values, settings.shared, settings.models, shape=draft.shape,
-                     depth=settings.depth)  # fmt: skip
+        return Given(draft.stream, base, values, settings.shared, settings.models, seed=SEED,
+                     shape=draft.shape, depth=settings.depth)  # fmt: skip
 
 
 def flat(tensor: Tensor) -> Array:
@@ -151,12 +154,13 @@ class Kitchen:
         for half in range(2):
             jobs, failed = self._folder / f"jobs{half}.json", self._folder / f"failed{half}.json"
             jobs.write_text(json.dumps([(str(run.recipe), str(run.theirs), run.staged) for run in self.runs[half::2]]))
-            command = [str(environment / "bin" / "python"), "-c", MERGEKIT, str(jobs), str(failed)]
+            command = [str(environment / "bin" / "python"), "-c", MERGEKIT, str(jobs), str(failed), str(SEED)]
             log = (self._folder / f"log{half}.txt").open("w")
             started.append((subprocess.Popen(command, env=variables, stdout=log, stderr=log), failed, log))
         for run in self.runs:
             try:
-                merge(run.recipe, run.ours, threads=1, compile="off")
+                rng: Literal["position", "mergekit"] = "mergekit" if run.kind == "drawn" else "position"
+                merge(run.recipe, run.ours, threads=1, compile="off", seed=SEED, rng=rng)
             except StreamMergeError as error:
                 self.refusals[run.recipe] = str(error)
         for process, failed, log in started:
