@@ -20,8 +20,9 @@ from torch import Tensor
 from benchlib.compat_recipes import placed
 from streammerge.api import make_plan, merge
 from streammerge.base.errors import StreamMergeError
-from streammerge.plan.draft import Draft, Read, draft_stages
+from streammerge.plan.draft import Draft, draft_stages
 from streammerge.plan.plan import Plan
+from streammerge.plan.view import Operand, Read
 from tests.methods.oracles import Array, Expected, Given, oracle, rounded
 
 SEED = 1
@@ -107,9 +108,10 @@ class Run:
         given = self._given(draft)
         return given, oracle(draft.method.name, given)
 
-    def _values(self, operand: Read | Draft) -> Array:
+    def _values(self, operand: Operand) -> Array:
         if isinstance(operand, Draft):
             return rounded(self._expect(operand)[1].values, operand.dtype)
+        assert isinstance(operand, Read)
         return flat(load_model(Path(self.plan.recipe.inputs[operand.checkpoint]))[operand.spec.name])
 
     def _given(self, draft: Draft) -> Given:
