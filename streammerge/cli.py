@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import click
 import typer
 
 from streammerge import __version__
@@ -513,12 +512,16 @@ def main() -> None:
     _leave(_run(arguments))
 
 
+# What is wrong with a command line. typer brings a click of its own, or uses the one that is installed.
+_COMMAND_LINE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
 def _run(arguments: list[str]) -> int:
     try:
         code = typer.main.get_command(app).main(arguments, prog_name="streammerge", standalone_mode=False)
-    except click.exceptions.Abort:
+    except typer.Abort:
         return Stopped.exit_code
-    except click.ClickException as error:
+    except _COMMAND_LINE_ERROR as error:
         error.show()
         return UserError.exit_code
     return code if isinstance(code, int) else 0

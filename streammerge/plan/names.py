@@ -94,6 +94,8 @@ def modules_of(modules: Iterable[str], names: Iterable[str]) -> dict[str, str | 
         found = [module for module in wanted if any(f".{word}." in padded for word in words[module])]
         # The longest word is the most particular: `vision_tower.encoder` is of the tower.
         owner[name] = max(found, key=lambda module: max(map(len, words[module])), default=None)
+    if "text_decoder" in owner.values():
+        owner = {name: "text_decoder" if each is None and "lm_head" in name else each for name, each in owner.items()}
     rest = "default" if "default" in wanted else "text_decoder"
     if rest in wanted and rest not in owner.values():
         owner = {name: rest if module is None else module for name, module in owner.items()}

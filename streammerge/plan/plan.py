@@ -76,8 +76,9 @@ def build_plan(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, seed: int, 
     Raises ShapeMismatch when only shapes disagree, RecipeError for everything else; both name every tensor (the first
     ten) that is wrong.
     """
-    if sequential:
-        assert recipe.only, "drawing in mergekit's order knows one document of whole models"
+    if sequential and not recipe.is_simple:
+        advice = "--rng mergekit works for one document with `models:`, not for slices, modules or several documents"
+        raise RecipeError(str(recipe.path), [advice])
     result, warnings = draft_stages(recipe, checkpoints, sequential=sequential)
     if strict and warnings:
         raise RecipeError(str(recipe.path), warnings)

@@ -223,13 +223,18 @@ class Recipe:
         return self.last.method
 
     @property
+    def is_simple(self) -> bool:
+        """Whether it merges whole models in one stage."""
+        module = self.last.modules[0]
+        return len(self.stages) == 1 and module.name is None and not any(i.layers for i in module.slices[0].inputs)
+
+    @property
     def only(self) -> Slice:
         """All inputs of a recipe that merges whole models in one stage. Raises RecipeError for any other."""
-        module = self.last.modules[0]
-        if len(self.stages) > 1 or module.name is not None or any(i.layers for i in module.slices[0].inputs):
+        if not self.is_simple:
             advice = "this works for one document with `models:`, not for slices, modules or several documents"
             raise RecipeError(str(self.path), [advice])
-        return module.slices[0]
+        return self.last.modules[0].slices[0]
 
     @property
     def bases(self) -> set[str]:

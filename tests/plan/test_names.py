@@ -106,7 +106,7 @@ def test_modules_are_found_by_stack_by_part_and_by_mergekits_words() -> None:
     names = ["model.language_model.layers.0.w", "model.visual.blocks.0.w", "model.visual.merger.w", "lm_head.weight"]
     assert list(modules_of(["visual"], names).values()) == [None, "visual", "visual", None]
     assert list(modules_of(["vision_tower", "text_decoder"], names).values()) == [
-        "text_decoder", "vision_tower", "vision_tower", None,
+        "text_decoder", "vision_tower", "vision_tower", "text_decoder",
     ]  # fmt: skip
     names = ["encoder.block.0.w", "decoder.block.0.w", "shared.weight"]
     assert list(modules_of(["encoder", "decoder", "default"], names).values()) == ["encoder", "decoder", "default"]
