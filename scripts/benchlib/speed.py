@@ -67,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="rounds (default: %(default)s)")
     parser.add_argument("--cold", action="store_true", help="drop every page cache before each run (needs root)")
     parser.add_argument("--no-image", action="store_true", help="write to a plain directory, without a loop device")
+    parser.add_argument("--merges-only", action="store_true", help="leave cat, cp and the loops out")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--mergekit", type=Path, metavar="ENV", help="the environment that mergekit is installed in")
     which.add_argument("--no-mergekit", action="store_true", help="leave mergekit out")
@@ -88,6 +89,8 @@ def run(options: argparse.Namespace) -> int:
             tools = _list_tools(
                 method, recipe, inputs, filesystem=filesystem, output_bytes=spec.tensor_bytes, mergekit=mergekit
             )
+            if options.merges_only:
+                tools = [tool for tool in tools if tool.merges]
             for round_number in range(1, options.runs + 1):
                 for tool in tools:
                     _prepare_caches(filesystem, inputs, cold=options.cold)

@@ -25,6 +25,7 @@ def manifest(plan: Plan, done: Mapping[str, Done], side_files: Mapping[str, byte
         "digest": plan.digest,
         "method": plan.method.name,
         "seed": plan.seed,
+        "rng": "mergekit" if plan.draws_in_turn else "position",
         "versions": {"streammerge": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "recipe": plan.recipe.text,
         "inputs": plan.facts["inputs"],

@@ -82,8 +82,6 @@ def survey(plan: Plan, pending: Sequence[TensorPlan], looker: Looker, reader: Re
 
 def survey_alone(plan: Plan, schedule: Schedule, compiled: Finder, stopping: Callable[[], bool]) -> Plan:
     """The plan with what surveys find, looked for without a merge."""
-    if not groups_of(plan.tensors):
-        return plan
     with _opened(plan, schedule, compiled, stopping) as (looker, reader):
         tensors = survey(plan, plan.tensors, looker, reader, SurveyBook(None, ""))
         return replace(plan, tensors=tuple(tensors))

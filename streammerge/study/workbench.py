@@ -16,7 +16,7 @@ from streammerge.kernels.compiled import Run, Signature
 from streammerge.kernels.contract import Problem, Program
 from streammerge.kernels.whole import Finder
 from streammerge.plan.budget import Schedule
-from streammerge.plan.group import Group
+from streammerge.plan.group import Group, groups_of
 from streammerge.plan.plan import Plan
 from streammerge.run.compiling import Compile, programs_of, weigh
 from streammerge.run.gpu import choose_device
@@ -84,6 +84,8 @@ class Workbench:
 
     def surveyed(self, plan: Plan) -> Plan:
         """The plan with what must be known of many tensors together before one can be made."""
+        if not groups_of(plan.tensors):
+            return plan
         return survey_alone(plan, self.schedule(plan), self.shelf.find, self.sweeper.stopping)
 
     def ask(self, plan: Plan, group: Group, question: Callable[[Sequence[Problem]], Any]) -> Any:
