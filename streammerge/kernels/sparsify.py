@@ -63,8 +63,13 @@ NEEDS: dict[Sparsifier, Needs] = {
     "ranked": Needs((Argument("limits", ("K", "any"), torch.int32),), keys=True),
 }
 
-SCOPE = Param("density_scope", "what the shares are taken of: each tensor, each layer, or the whole model", "tensor",
-              kind="text", choices=("tensor", "layer", "model"))  # fmt: skip
+SCOPE = Param(
+    "density_scope",
+    "what shares are taken of: each tensor, each layer, or the whole model, of which a tensor keeps what is its own",
+    "tensor",
+    kind="text",
+    choices=("tensor", "layer", "model"),
+)
 
 # Parameters beside the density.
 PARAMS: dict[Sparsifier, tuple[Param, ...]] = {

@@ -50,7 +50,8 @@ def karcher_coefficients(products: Sequence[float], max_iter: int, tol: float) -
     point = [value / length(units, point) for value in point]
     for _ in range(max_iter):
         tangent = log_sum(units, share, point, tol)
-        if length(units, tangent) < tol:
+        # Shorter ones are rounding: they would go on for ever.
+        if length(units, tangent) < max(tol, 1e-15):
             break
         point = exp_step(units, point, tangent)
     scale = math.fsum(norms) / len(norms)

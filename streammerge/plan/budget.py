@@ -19,7 +19,7 @@ from streammerge.base.errors import DoesNotFit
 from streammerge.base.units import format_size
 from streammerge.kernels.contract import BLOCK
 from streammerge.plan.plan import Plan
-from streammerge.plan.tensor import TensorPlan
+from streammerge.plan.tensor import UNWRITTEN, TensorPlan
 
 MIB = 1 << 20
 # Tiles of 2 Mi elements: reads of 4 MiB per bf16 input. Larger ones were not faster (docs/bench.md).
@@ -155,16 +155,19 @@ def stays(tensor: TensorPlan, schedule: Schedule) -> bool:
 
 def bytes_to_read(tensors: Iterable[TensorPlan], schedule: Schedule) -> int:
     """What merging `tensors` reads in all its passes."""
-    return sum(
-        tensor.read_bytes * (tensor.survey_passes + (1 if stays(tensor, schedule) else tensor.passes))
-        for tensor in tensors
-    )
+    return sum(tensor.read_bytes * (tensor.survey_passes + _merging_passes(tensor, schedule)) for tensor in tensors)
+
+
+def _merging_passes(tensor: TensorPlan, schedule: Schedule) -> int:
+    if tensor.shard == UNWRITTEN:
+        return 0
+    return 1 if stays(tensor, schedule) else tensor.passes
 
 
 def _kinds(plan: Plan) -> list[TensorPlan]:
     """The largest tensor of every kind that takes its own room in a slot."""
     largest: dict[Any, TensorPlan] = {}
-    for tensor in plan.tensors:
+    for tensor in (*plan.tensors, *plan.asked):
         kind = (tensor.dtypes, tensor.quantum, len(tensor.steps))
         if kind not in largest or tensor.elements > largest[kind].elements:
             largest[kind] = tensor

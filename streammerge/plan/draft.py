@@ -10,6 +10,8 @@ import torch
 from streammerge.base.dtypes import DTYPES, promote
 from streammerge.base.errors import RecipeError, ShapeMismatch
 from streammerge.kernels.contract import Method, Settings
+from streammerge.methods.passthrough import PASSTHROUGH
+from streammerge.plan.names import in_layer, layer_of
 from streammerge.plan.parameters import resolve, unmatched_filters
 from streammerge.plan.places import Place, Places, listing, shorten
 from streammerge.plan.recipe import Recipe, Stage
@@ -19,7 +21,10 @@ from streammerge.storage.checkpoint import Checkpoint
 
 @dataclass(frozen=True, eq=False)
 class Draft:
-    """One tensor of a stage. `stream` names its random bits; `settings` are the method's parameters for it."""
+    """One tensor of the recipe's stage number `stage`, named `stream` in the recipe; its random bits go by that.
+
+    `settings` are the method's parameters for it.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -28,14 +33,20 @@ class Draft:
     operands: tuple[Operand, ...]
     has_base: bool
     stream: str
-    stage: str = ""
+    stage: int = 0
+
+    @property
+    def is_surveyed(self) -> bool:
+        """Whether others of its stage cannot be merged without looking at it."""
+        exact = DTYPES[self.operands[0].dtype].kind == "exact"
+        return not exact and self.method.scope(self.settings) != "tensor"
 
     @property
     def copied(self) -> Operand | None:
         """The operand that is the result as it stands, if one is."""
         if DTYPES[self.operands[0].dtype].kind == "exact":
             return self.operands[0] if len(self.operands) == 1 else None
-        if self.method.scope(self.settings) != "tensor":
+        if self.is_surveyed:
             # Others ask about it.
             return None
         number = self.method.copies(self.settings)
@@ -44,8 +55,8 @@ class Draft:
 
 def draft_stages(
     recipe: Recipe, checkpoints: Sequence[Checkpoint], *, sequential: bool = False
-) -> tuple[View, list[str]]:
-    """What the last stage makes, and warnings. Raises RecipeError, or ShapeMismatch when only shapes disagree.
+) -> tuple[list[View], list[str]]:
+    """What every stage makes, in their order; and warnings. Raises RecipeError, or ShapeMismatch for shapes alone.
 
     With `sequential`, random numbers are drawn as mergekit draws them.
     """
@@ -53,20 +64,39 @@ def draft_stages(
         model: view_of(model, i, each) for i, (model, each) in enumerate(zip(recipe.inputs, checkpoints, strict=True))
     }
     warnings: list[str] = []
-    for stage in recipe.stages:
-        made = _Drafting(recipe, stage, views, sequential=sequential)
-        result = made.run()
+    results = []
+    for number, stage in enumerate(recipe.stages):
+        made = _Drafting(recipe, number, views, sequential=sequential)
+        results.append(made.run())
         warnings += made.warnings
         if stage.name is not None:
-            views[stage.name] = replace(result, model=stage.name)
-    return result, warnings
+            views[stage.name] = replace(results[-1], model=stage.name)
+    return results, warnings
+
+
+def _unlike_layers(places: Sequence[Place], operands: Mapping[str, Sequence[Operand]]) -> list[str]:
+    """A sentence where slices put together layers whose vectors are of different lengths."""
+    first: dict[str, Place] = {}
+    for place in places:
+        if place.part.inputs[0].layers is None or layer_of(place.name) is None:
+            continue
+        like = first.setdefault(in_layer(place.name, 0), place)
+        shape, other = operands[like.name][0].shape, operands[place.name][0].shape
+        if len(shape) == 1 and shape != other:
+            found = f"{like.name} is {list(shape)} and {place.name} is {list(other)}"
+            return [f"{found}: a model whose layers are of different widths does not load in most programs"]
+    return []
+
+
+_AS_IT_IS = Settings({}, {"scale": (None,)})
 
 
 class _Drafting:
     """The work on one stage."""
 
-    def __init__(self, recipe: Recipe, stage: Stage, views: Mapping[str, View], *, sequential: bool) -> None:
-        self._recipe, self._stage, self._views = recipe, stage, views
+    def __init__(self, recipe: Recipe, number: int, views: Mapping[str, View], *, sequential: bool) -> None:
+        self._recipe, self._number, self._views = recipe, number, views
+        self._stage: Stage = recipe.stages[number]
         self._sequential = sequential
         self._drawing: dict[tuple[int, str], Settings] = {}
         self.warnings: list[str] = []
@@ -85,18 +115,23 @@ class _Drafting:
             problems.append(mismatch)
         if problems:
             raise self._error(problems)
-        self.warnings += unmatched_filters(stage, places.all)
+        self.warnings += [*unmatched_filters(stage, places.all), *_unlike_layers(places.all, operands)]
         prefix = "" if stage.name is None else f"{stage.name}/"
         tensors: dict[str, Operand] = {}
         for place in places.all:
             own = operands[place.name]
             tensors[place.name] = Draft(
                 self._output_dtype(own), own[0].shape, stage.method, self._drawn(settings[place.name], own), own,
-                place.part.base is not None, prefix + place.name, stage.name or "",
+                place.part.base is not None, prefix + place.name, self._number,
             )  # fmt: skip
         if places.left:
             self.warnings.append(f"no module of the recipe has {listing(places.left)}; copied from {stage.donor}")
-            tensors |= {name: self._views[stage.donor].tensors[name] for name in places.left}
+            for name in places.left:
+                alone = (self._views[stage.donor].tensors[name],)
+                tensors[name] = Draft(
+                    self._output_dtype(alone), alone[0].shape, PASSTHROUGH, _AS_IT_IS, alone, False, prefix + name,
+                    self._number,
+                )  # fmt: skip
         return View(stage.name or "", tensors, tuple(places.origins))
 
     def _error(self, problems: Sequence[str]) -> RecipeError:

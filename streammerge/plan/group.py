@@ -18,15 +18,15 @@ class Group:
 
 
 def groups_of(tensors: Sequence[TensorPlan]) -> list[Group]:
-    """The groups that must be surveyed, earlier steps first. A tensor that stands twice in the output counts once."""
-    found: dict[tuple[int, str, str, str], dict[str, tuple[TensorPlan, int]]] = {}
+    """The groups that must be surveyed, earlier stages first. A tensor that stands twice in the output counts once."""
+    found: dict[tuple[int, str, str], dict[str, tuple[TensorPlan, int]]] = {}
     for tensor in tensors:
         for number, step in enumerate(tensor.steps):
             scope = step.method.scope(step.settings)
             if scope != "tensor" and tensor.elements > 0:
                 layer = layer_of(step.stream)
                 place = "" if scope == "model" or layer is None else f"{layer[0]}.{layer[1]}"
-                members = found.setdefault((number, step.stage, scope, place), {})
+                members = found.setdefault((step.stage, scope, place), {})
                 members.setdefault(step.stream, (tensor, number))
     return [
         Group(" ".join(map(str, key)), tuple(members[name] for name in sorted(members)))

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 # The first number between dots, or at the start, counts the layers: model.layers.3.mlp.experts.5 is layer 3.
 _LAYER = re.compile(r"(?:^|(?P<stack>.*?)\.)(?P<index>\d{1,9})\.")
 # Words of tensors that come before the first layer; all others outside the layers come after the last.
-_FRONT = re.compile(r"(^|[._])(embed(?!_out)|embeddings?|wte|wpe|patch|conv1|conv2)")
+_FRONT = re.compile(r"(^|[._])(embed(?!_out)|embeddings?|wte|wpe|patch|conv1|conv2)|^shared\.")
 
 # Names of experts on disk, and in models of transformers 5, where the experts of a layer are one tensor.
 _EXPERT = re.compile(r"\.experts\.\d+\.(w1|w3|w2|gate_proj|up_proj|down_proj)\.weight$")
@@ -53,21 +53,24 @@ def position(index: int, layers: int) -> float:
     return index / (layers - 1) if layers > 1 else 1.0
 
 
-def aliases(name: str) -> tuple[str, ...]:
-    """The name, and what else a filter may call the tensor: with the usual prefix, and as transformers 5 names it.
+def answers_to(name: str, text: str) -> bool:
+    """Whether a filter's text is part of a tensor's name, or of what else it is called.
 
-    Recipes are written for either: `block_sparse_moe` and `experts.3.w1` stand on disk where transformers has
-    `mlp.experts.gate_up_proj`; GPT-2 is saved with and without `transformer.`.
+    Recipes are written for several names: `block_sparse_moe` and `experts.3.w1` stand on disk where transformers 5 has
+    `mlp.experts.gate_up_proj`; GPT-2 is saved with `transformer.h.0` and with `h.0`.
     """
-    found = [name]
+    if text in name or text in _in_transformers(name):
+        return True
+    # A usual prefix that the file leaves out. The text must reach beyond it: `model` is no part of `h.0`.
+    return any(
+        prefix.endswith(text[:k]) and name.startswith(text[k:]) for prefix in _PREFIXES for k in range(1, len(text))
+    )
+
+
+def _in_transformers(name: str) -> str:
     canonical = name.replace(".block_sparse_moe.", ".mlp.")
-    if (match := _EXPERT.search(canonical)) is not None:
-        canonical = f"{canonical[: match.start()]}.experts.{_FUSED[match[1]]}"
-    if canonical != name:
-        found.append(canonical)
-    if not name.startswith(_PREFIXES):
-        found += [prefix + name for prefix in _PREFIXES]
-    return tuple(found)
+    match = _EXPERT.search(canonical)
+    return canonical if match is None else f"{canonical[: match.start()]}.experts.{_FUSED[match[1]]}"
 
 
 # What mergekit calls the parts of models with several, by words in tensor names.
@@ -91,9 +94,12 @@ def modules_of(modules: Iterable[str], names: Iterable[str]) -> dict[str, str | 
     all_names = list(names)
     for name in all_names:
         padded = f".{name}."
-        found = [module for module in wanted if any(f".{word}." in padded for word in words[module])]
+        found = {
+            module: max((len(word) for word in words[module] if f".{word}." in padded), default=0) for module in wanted
+        }
         # The longest word is the most particular: `vision_tower.encoder` is of the tower.
-        owner[name] = max(found, key=lambda module: max(map(len, words[module])), default=None)
+        best = max(wanted, key=lambda module: found[module], default=None)
+        owner[name] = best if best is not None and found[best] else None
     if "text_decoder" in owner.values():
         owner = {name: "text_decoder" if each is None and "lm_head" in name else each for name, each in owner.items()}
     rest = "default" if "default" in wanted else "text_decoder"

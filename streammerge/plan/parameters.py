@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
 from streammerge.kernels.contract import Param, Settings, Value
-from streammerge.plan.names import aliases
+from streammerge.plan.names import answers_to
 from streammerge.plan.places import Place
 from streammerge.plan.recipe import Input, Module, Parameters, Slice, Stage, nearest
 from streammerge.plan.setting import Setting, value_at
@@ -116,7 +116,7 @@ def unmatched_filters(stage: Stage, places: Sequence[Place]) -> list[str]:
     return [
         f"{name}: the filter {text!r} matches no tensor.{nearest(text, parts)}"
         for name, text in filters
-        if text is not None and not any(text in alias for tensor in names for alias in aliases(tensor))
+        if text is not None and not any(answers_to(tensor, text) for tensor in names)
     ]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from streammerge.plan.names import in_layer, is_front, layer_of, modules_of, position, stacks
 from streammerge.plan.recipe import Input, Module, Slice, Stage, nearest
-from streammerge.plan.view import View
+from streammerge.plan.view import MOST_LAYERS, View
 
 _SHOWN = 10
 
@@ -39,32 +39,38 @@ class Places:
         self.problems: list[str] = []
         self.all: list[Place] = []
         self.origins: list[tuple[int, int]] = []
-        owners = self._owners(self.problems)
-        self._wanted = {
-            module.name: None if module.name is None else {n for n, owner in owners.items() if owner == module.name}
-            for module in stage.modules
-        }
-        self.left = [name for name, owner in owners.items() if owner is None]
+        # By module and model, the tensors that belong to it; None for all.
+        self._wanted: dict[tuple[str | None, str], set[str] | None] = {}
+        self.left: list[str] = []
+        self._find_owners()
         for module in stage.modules:
             made, layers = self._places(module, self.problems)
             self.all += made
             if len(layers) > len(self.origins):
                 self.origins = layers
 
-    def _owners(self, problems: list[str]) -> dict[str, str | None]:
-        """For stages with modules the module of every tensor."""
+    def _find_owners(self) -> None:
+        """Which tensors of every model belong to which module."""
         named = [module.name for module in self._stage.modules if module.name is not None]
-        if not named:
-            return {}
-        names = list(self._views[self._stage.donor].tensors)
-        owners = modules_of(named, names)
-        for module in named:
-            if module not in owners.values():
-                parts = sorted({part for name in names for part in name.split(".") if not part.isdigit()})
-                problems.append(
-                    f"modules: no tensor of {self._stage.donor} belongs to {module!r}.{nearest(module, parts)}"
-                )
-        return owners
+        for model in self._stage.inputs:
+            names = list(self._views[model].tensors)
+            owners = modules_of(named, names) if named else {}
+            for module in self._stage.modules:
+                mine = {name for name, owner in owners.items() if owner == module.name}
+                self._wanted[module.name, model] = mine if named else None
+            if not named or model != self._stage.donor:
+                continue
+            self.left = [name for name, owner in owners.items() if owner is None]
+            for name in named:
+                if name not in owners.values():
+                    parts = {part for tensor in names for part in tensor.split(".") if not part.isdigit()} - {name}
+                    self.problems.append(f"modules: no tensor of {model} belongs to {name!r}."
+                                         f"{nearest(name, sorted(parts))}")  # fmt: skip
+
+    def _names(self, model: str, module: Module) -> list[str]:
+        """The tensors of a model in a module."""
+        wanted = self._wanted[module.name, model]
+        return [name for name in self._views[model].tensors if wanted is None or name in wanted]
 
     def _places(self, module: Module, problems: list[str]) -> tuple[list[Place], list[tuple[int, int]]]:
         """The tensors of a module, and the origins of its layers."""
@@ -76,10 +82,8 @@ class Places:
     def _whole_places(
         self, module: Module, part: Slice, problems: list[str]
     ) -> tuple[list[Place], list[tuple[int, int]]]:
-        views = [self._views[source.model] for source in part.inputs]
-        wanted = self._wanted[module.name]
-        names = [name for name in views[0].tensors if wanted is None or name in wanted]
-        found = _names_problems(views, wanted)
+        names = self._names(part.inputs[0].model, module)
+        found = self._names_problems(module, part.inputs)
         if found:
             advice = "every model must hold the same tensors: are these models of one architecture?"
             problems += [*shorten(found), advice]
@@ -90,8 +94,8 @@ class Places:
             layer = layer_of(name)
             at = 0.0 if layer is None else position(layer[1], depth[layer[0]])
             deep = at if layer is not None else float(not is_front(name))
-            places.append(Place(part, module, name, (name,) * len(views), at, deep))
-        return places, list(views[0].origins)
+            places.append(Place(part, module, name, (name,) * len(part.inputs), at, deep))
+        return places, list(self._views[part.inputs[0].model].origins)
 
     def _sliced_places(self, module: Module, problems: list[str]) -> tuple[list[Place], list[tuple[int, int]]]:
         places: list[Place] = []
@@ -124,47 +128,54 @@ class Places:
         for name in self._outside(last.inputs[0], module):
             if not is_front(name):
                 back.append(Place(last, module, name, (name,) * len(last.inputs), 0.0, 1.0))
-        for place in (*front, *back):
-            for source in place.part.inputs:
-                if place.name not in self._views[source.model].tensors:
-                    problems.append(f"tensor {place.name!r} is not in {source.model}")
+        sources = {source.model: source for part in module.slices for source in part.inputs}
+        lacking = self._names_problems(module, list(sources.values()), outside=True)
+        if lacking:
+            problems += shorten(lacking)
+            return [], []
         return [*front, *places, *back], origins
 
     def _check_range(self, source: Input, module: Module, problems: list[str]) -> None:
-        wanted = self._wanted[module.name]
-        tensors = self._views[source.model].tensors
-        found = stacks(name for name in tensors if wanted is None or name in wanted)
-        stop = _range(source)[1]
+        found = stacks(self._names(source.model, module))
+        start, stop = _range(source)
         if len(found) != 1:
-            what = (
-                f"{source.model} has the stacks {', '.join(sorted(found))}"
-                if found
-                else f"{source.model} has no layers"
-            )
+            listed = ", ".join(stack or "(without a name)" for stack in sorted(found))
+            what = f"{source.model} has the stacks {listed}" if found else f"{source.model} has no layers"
             problems.append(f"slices cut one stack of layers, and {what}; use modules, or models")
-        elif stop > next(iter(found.values())):
-            count = next(iter(found.values()))
-            problems.append(
-                f"layer_range [{_range(source)[0]}, {stop}] of {source.model} goes beyond its {count} layers"
-            )
+        elif (count := next(iter(found.values()))) > MOST_LAYERS:
+            problems.append(f"{source.model} has a tensor of layer {count - 1}; no model has so many layers")
+        elif stop > count:
+            problems.append(f"layer_range [{start}, {stop}] of {source.model} goes beyond its {count} layers")
 
     def _layer(self, source: Input, index: int, module: Module) -> list[str]:
-        return self._by_layer(source.model, module.name).get(index, [])
+        return self._by_layer(source.model, module).get(index, [])
 
     def _outside(self, source: Input, module: Module) -> list[str]:
-        return self._by_layer(source.model, module.name).get(-1, [])
+        return self._by_layer(source.model, module).get(-1, [])
 
-    def _by_layer(self, model: str, module: str | None) -> dict[int, list[str]]:
+    def _by_layer(self, model: str, module: Module) -> dict[int, list[str]]:
         """The names of a model's tensors in a module by layer, −1 for those outside."""
-        if (model, module) not in self._layers:
-            wanted = self._wanted[module]
+        if (model, module.name) not in self._layers:
             grouped: dict[int, list[str]] = {}
-            for name in self._views[model].tensors:
-                if wanted is None or name in wanted:
-                    layer = layer_of(name)
-                    grouped.setdefault(-1 if layer is None else layer[1], []).append(name)
-            self._layers[model, module] = grouped
-        return self._layers[model, module]
+            for name in self._names(model, module):
+                layer = layer_of(name)
+                grouped.setdefault(-1 if layer is None else layer[1], []).append(name)
+            self._layers[model, module.name] = grouped
+        return self._layers[model, module.name]
+
+    def _names_problems(self, module: Module, sources: Sequence[Input], *, outside: bool = False) -> list[str]:
+        """Tensors, or only those outside the layers, that not all sources have."""
+        names = {
+            source.model: self._outside(source, module) if outside else self._names(source.model, module)
+            for source in sources
+        }
+        problems = []
+        first, *others = names
+        for other in others:
+            for one, two in ((first, other), (other, first)):
+                has = set(names[two])
+                problems += [f"tensor {n!r} is in {one} and not in {two}" for n in names[one] if n not in has]
+        return problems
 
     def _check_templates(
         self, part: Slice, index: int, templates: Sequence[Mapping[str, str]], problems: list[str]
@@ -180,19 +191,6 @@ class Places:
 def _range(source: Input) -> tuple[int, int]:
     assert source.layers is not None
     return source.layers
-
-
-def _names_problems(views: Sequence[View], wanted: set[str] | None) -> list[str]:
-    problems = []
-    first, *others = views
-    for other in others:
-        for one, two in ((first, other), (other, first)):
-            problems += [
-                f"tensor {name!r} is in {one.model} and not in {two.model}"
-                for name in one.tensors
-                if name not in two.tensors and (wanted is None or name in wanted)
-            ]
-    return problems
 
 
 def shorten(problems: list[str]) -> list[str]:

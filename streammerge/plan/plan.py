@@ -21,7 +21,7 @@ from streammerge.plan.draft import Draft, draft_stages
 from streammerge.plan.group import with_one_work
 from streammerge.plan.layout import ShardLayout, lay_out
 from streammerge.plan.recipe import Recipe
-from streammerge.plan.tensor import TensorPlan, work_of
+from streammerge.plan.tensor import UNWRITTEN, TensorPlan, work_of
 from streammerge.storage.checkpoint import Checkpoint
 
 # Raised when a change alters the bytes of an output.
@@ -32,6 +32,7 @@ FORMAT = 3
 class Plan:
     """What a merge will write. `tensors` are in the order of the output bytes: shard by shard, by offset.
 
+    `asked` are tensors of earlier stages that the output does not use, but surveys of their stage must see.
     `checkpoints` are one per `recipe.inputs`, the one first whose config and tokenizer the output takes; `settings` are
     the parameters of the last stage, by tensor. `layers` says which checkpoint's layer, if only for config.json, is
     behind each layer of the output.
@@ -40,6 +41,7 @@ class Plan:
     recipe: Recipe
     checkpoints: tuple[Checkpoint, ...]
     tensors: tuple[TensorPlan, ...]
+    asked: tuple[TensorPlan, ...]
     settings: Mapping[str, Settings]
     layers: tuple[tuple[int, int], ...]
     shards: tuple[ShardLayout, ...]
@@ -79,7 +81,8 @@ def build_plan(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, seed: int, 
     if sequential and not recipe.is_simple:
         advice = "--rng mergekit works for one document with `models:`, not for slices, modules or several documents"
         raise RecipeError(str(recipe.path), [advice])
-    result, warnings = draft_stages(recipe, checkpoints, sequential=sequential)
+    results, warnings = draft_stages(recipe, checkpoints, sequential=sequential)
+    result = results[-1]
     if strict and warnings:
         raise RecipeError(str(recipe.path), warnings)
     drafts = result.tensors
@@ -92,10 +95,18 @@ def build_plan(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, seed: int, 
             tensors.append(
                 TensorPlan(entry.name, entry.dtype, entry.shape, elements, reads, steps, number, entry.start)
             )
-    tensors = with_one_work(tensors)
+    used = {step.stream for tensor in tensors for step in tensor.steps}
+    asked = [
+        TensorPlan(draft.stream, draft.dtype, draft.shape, math.prod(draft.shape), *work_of(draft), UNWRITTEN, 0)
+        for view in results[:-1]
+        for draft in view.tensors.values()
+        if isinstance(draft, Draft) and draft.stream not in used and draft.is_surveyed
+    ]
+    together = with_one_work([*tensors, *asked])
+    tensors, asked = together[: len(tensors)], together[len(tensors) :]
     settings = {name: draft.settings for name, draft in drafts.items() if isinstance(draft, Draft)}
-    facts = _facts(recipe, checkpoints, tensors, settings, shards, seed)
-    return Plan(recipe, tuple(checkpoints), tuple(tensors), settings, result.origins, shards, seed, facts,
+    facts = _facts(recipe, checkpoints, together, settings, shards, seed)
+    return Plan(recipe, tuple(checkpoints), tuple(tensors), tuple(asked), settings, result.origins, shards, seed, facts,
                 (*recipe.warnings, *warnings))  # fmt: skip
 
 

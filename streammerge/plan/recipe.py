@@ -461,8 +461,8 @@ class _Checks:
         stored = document.out_dtype or document.dtype
         if stored is not None and DTYPES[stored].bits == 8:
             place = ("out_dtype" if document.out_dtype else "dtype",)
-            self._warn(place, "numbers are rounded to 8 bits as they are, without scales; small weights lose most of "
-                              "their precision")  # fmt: skip
+            self._warn(place, "numbers are rounded to 8 bits as they are, without scales: small ones lose most of "
+                              "their precision, and in float8_e4m3fn what is beyond 448 becomes 448")  # fmt: skip
         method = METHODS.get(document.merge_method)
         if method is None:
             self._problem(("merge_method",), f"{document.merge_method!r} is no method here.{self._nearest_method()}")

@@ -11,7 +11,9 @@ from streammerge.plan.analysis import AnalysisOptions, Decisions
 
 _SCALARS: dict[str, dict[str, Any]] = {
     # YAML 1.1 reads 1e-5, without a dot, as text.
-    "number": {"anyOf": [{"type": "number"}, {"type": "string", "pattern": r"^[-+]?[0-9.]+([eE][-+]?[0-9]+)?$"}]},
+    "number": {
+        "anyOf": [{"type": ["number", "boolean"]}, {"type": "string", "pattern": r"^[-+]?[0-9.]+([eE][-+]?[0-9]+)?$"}]
+    },
     "integer": {"type": "integer"},
     "boolean": {"anyOf": [{"type": "boolean"}, {"enum": [0, 1]}]},
 }

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from streammerge.kernels.contract import Param, Value
-from streammerge.plan.names import aliases
+from streammerge.plan.names import answers_to
 
 Scalar = float | int | bool | str
 
@@ -26,7 +26,7 @@ class Entry:
     def matches(self, name: str) -> bool:
         if self.filter is None or self.filter == "*":
             return True
-        return any(self.filter in alias for alias in aliases(name))
+        return answers_to(name, self.filter)
 
 
 Setting = tuple[Entry, ...]

@@ -13,6 +13,9 @@ from streammerge.kernels.contract import BLOCK, Grain, Method, Settings, grain_o
 from streammerge.plan.draft import Draft
 from streammerge.plan.view import Operand, Read
 
+# The shard of a tensor that is only looked at.
+UNWRITTEN = -1
+
 
 @dataclass(frozen=True)
 class Step:
@@ -30,7 +33,7 @@ class Step:
     dtype: str
     work: str
     stream: str
-    stage: str
+    stage: int
     found: Any = None
 
     def grain(self, shape: Sequence[int]) -> Grain:

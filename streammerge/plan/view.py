@@ -9,6 +9,8 @@ from typing import Protocol
 from streammerge.plan.names import stacks
 from streammerge.storage.checkpoint import Checkpoint, TensorSpec
 
+MOST_LAYERS = 100_000
+
 
 class Operand(Protocol):
     """A tensor that can be merged with others: of a checkpoint, or made by a stage."""
@@ -52,5 +54,7 @@ class View:
 def view_of(model: str, number: int, checkpoint: Checkpoint) -> View:
     """A checkpoint as a stage sees it. Layers are counted in its only stack, or else in the longest."""
     depth = max(stacks(checkpoint.tensors).values(), default=0)
+    # A name may hold any number: then nothing is known of layers.
+    depth = depth if depth <= MOST_LAYERS else 0
     tensors = {name: Read(number, spec) for name, spec in checkpoint.tensors.items()}
     return View(model, tensors, tuple((number, layer) for layer in range(depth)))

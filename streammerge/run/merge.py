@@ -121,6 +121,8 @@ def make_plan(recipe_path: Path, options: Options) -> Plan:
 def plan_recipe(recipe: Recipe, options: Options) -> Plan:
     """Find and open the models of a recipe, and plan."""
     recipe_path = recipe.path
+    if options.rng == "mergekit" and not 0 <= options.seed < 2**32:
+        raise UserError(f"--seed {options.seed}: mergekit's are from 0 to {2**32 - 1}.")
     paths = _resolve_all(recipe)
     for i, path in enumerate(paths):
         if (first := next(j for j, other in enumerate(paths) if other.samefile(path))) < i:
@@ -268,7 +270,7 @@ def _run(plan: Plan, schedule: Schedule, pending: list[TensorPlan], out: Path, w
         def status() -> Status:
             return Status(reader.bytes_read, writer.bytes_written, meter.now_own)
 
-        to_read, to_write = bytes_to_read(pending, schedule), sum(tensor.nbytes for tensor in pending)
+        to_read, to_write = bytes_to_read((*pending, *plan.asked), schedule), sum(tensor.nbytes for tensor in pending)
         with observer.running(status, to_read, to_write):
             try:
                 tensors = survey(plan, pending, looker, reader, SurveyBook(work, plan.digest))

@@ -25,6 +25,8 @@ CARD_NAME = "README.md"
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz", ".partial"}
 _OURS = {CARD_NAME, RECIPE_NAME, "streammerge.manifest.json"}
 _LARGEST = 256_000_000
+# Lists of the numbers of some layers: mlp_only_layers, attn_layer_indices, full_attn_idxs.
+_NUMBERS_OF_LAYERS = re.compile(r"layers|layer_ind|idxs|layer_ids")
 # How configs call the number of layers.
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -107,7 +109,7 @@ def architecture(checkpoint: Checkpoint) -> str | None:
 def _set_layers(plan: Plan, config: dict[str, Any]) -> bool:
     """Where layers were put together anew: their number, and every list that has an entry for each layer."""
     donor = max(stacks(plan.checkpoints[0].tensors).values(), default=0)
-    if plan.layers == tuple((0, layer) for layer in range(donor)):
+    if len(plan.layers) in (0, donor) and all(layer == (0, i) for i, layer in enumerate(plan.layers)):
         return False
     sources = [config]
     for checkpoint in plan.checkpoints[1:]:
@@ -124,9 +126,14 @@ def _set_layers(plan: Plan, config: dict[str, Any]) -> bool:
         if not counts:
             continue
         for key, value in list(own.items()):
-            if isinstance(value, list) and len(value) == donor and _is_by_layer(key, donor):
-                lists = [owner.get(key, value) for owner in owners]
-                own[key] = [lists[number][layer] for number, layer in plan.layers]
+            if not isinstance(value, list):
+                continue
+            lists = [owner.get(key, value) for owner in owners]
+            if len(value) == donor and _is_by_layer(key, donor):
+                # A source without such a list has the donor's, which may be shorter.
+                own[key] = [lists[number][min(layer, len(lists[number]) - 1)] for number, layer in plan.layers]
+            elif _NUMBERS_OF_LAYERS.search(key) and all(type(item) is int and 0 <= item < donor for item in value):
+                own[key] = [i for i, (number, layer) in enumerate(plan.layers) if layer in lists[number]]
     return changed
 
 

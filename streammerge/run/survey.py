@@ -23,7 +23,7 @@ from streammerge.kernels.contract import Look, Problem
 from streammerge.plan.budget import Schedule
 from streammerge.plan.group import Group, groups_of
 from streammerge.plan.plan import Plan
-from streammerge.plan.tensor import TensorPlan
+from streammerge.plan.tensor import UNWRITTEN, TensorPlan
 from streammerge.run.arena import Arena
 from streammerge.run.lane import CpuLane, Finder
 from streammerge.run.looking import Looker, Work, solve
@@ -59,25 +59,35 @@ class SurveyBook:
 def survey(plan: Plan, pending: Sequence[TensorPlan], looker: Looker, reader: ReadAhead,
            book: SurveyBook) -> list[TensorPlan]:  # fmt: skip
     """The `pending` tensors of a plan with what surveys found for their steps."""
-    tensors = {tensor.name: tensor for tensor in plan.tensors}
-    waiting = {tensor.name for tensor in pending}
-    users_of: dict[str, list[tuple[str, int]]] = {}
-    for tensor in plan.tensors:
+    everything = (*plan.tensors, *plan.asked)
+    # By place in the output, or in the stage: a stage's name and a slash come before the latter.
+    tensors = {_key(tensor): tensor for tensor in everything}
+    waiting = {_key(tensor) for tensor in pending}
+    users_of: dict[str, list[tuple[Key, int]]] = {}
+    for tensor in everything:
         for number, step in enumerate(tensor.steps):
-            users_of.setdefault(step.stream, []).append((tensor.name, number))
-    for group in groups_of(plan.tensors):
+            users_of.setdefault(step.stream, []).append((_key(tensor), number))
+    for group in groups_of(everything):
         streams = [tensor.steps[number].stream for tensor, number in group.members]
         if waiting.isdisjoint(name for stream in streams for name, _ in users_of[stream]):
             continue
         results = book.get(group.key)
         if results is None:
-            members = [(tensors[tensor.name], number) for tensor, number in group.members]
+            members = [(tensors[_key(tensor)], number) for tensor, number in group.members]
             results = _survey_group(plan.seed, members, looker, reader)
             book.put(group.key, results)
         for stream, result in zip(streams, results, strict=True):
             for name, number in users_of[stream]:
                 tensors[name] = _with_found(tensors[name], number, result)
-    return [tensors[tensor.name] for tensor in pending]
+    return [tensors[_key(tensor)] for tensor in pending]
+
+
+Key = tuple[bool, str]
+
+
+def _key(tensor: TensorPlan) -> Key:
+    """Tells output tensors from those that are only looked at."""
+    return tensor.shard == UNWRITTEN, tensor.name
 
 
 def survey_alone(plan: Plan, schedule: Schedule, compiled: Finder, stopping: Callable[[], bool]) -> Plan:

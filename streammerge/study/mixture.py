@@ -229,7 +229,7 @@ class Family:
             models = {**usual.models, "weight": mixture.weight, "density": density, "scale": scale}
             made[key] = replace(usual, models=models)
         draft = Draft(tensor.dtype, tensor.shape, self._plan.method, made[key], self._reads(tensor),
-                      has_base=True, stream=tensor.name, stage="")  # fmt: skip
+                      has_base=True, stream=tensor.name)  # fmt: skip
         reads, steps = work_of(draft)
         if self._cuts and not vector:
             densities = made[key].numbers("density")

@@ -84,7 +84,7 @@ class Workbench:
 
     def surveyed(self, plan: Plan) -> Plan:
         """The plan with what must be known of many tensors together before one can be made."""
-        if not groups_of(plan.tensors):
+        if not groups_of((*plan.tensors, *plan.asked)):
             return plan
         return survey_alone(plan, self.schedule(plan), self.shelf.find, self.sweeper.stopping)
 

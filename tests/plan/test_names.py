@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from streammerge.plan.names import aliases, in_layer, is_front, layer_of, modules_of, position, stacks
+from streammerge.plan.names import answers_to, in_layer, is_front, layer_of, modules_of, position, stacks
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_a_tensor_is_found_in_another_layer() -> None:
         ("model.embed_tokens.weight", True), ("transformer.wte.weight", True), ("wpe.weight", True),
         ("bert.embeddings.LayerNorm.weight", True), ("model.norm.weight", False), ("lm_head.weight", False),
         ("embed_out.weight", False), ("transformer.ln_f.bias", False), ("gpt_neox.embed_in.weight", True),
-        ("gpt_neox.final_layer_norm.weight", False), ("shared.weight", False),
+        ("gpt_neox.final_layer_norm.weight", False), ("shared.weight", True),
     ],
 )  # fmt: skip
 def test_embeddings_come_before_the_layers_and_norms_and_heads_after(name: str, front: bool) -> None:
@@ -96,10 +96,18 @@ def test_embeddings_come_before_the_layers_and_norms_and_heads_after(name: str, 
 
 def test_a_tensor_is_also_known_by_its_name_in_transformers() -> None:
     name = "model.layers.3.block_sparse_moe.experts.7.w1.weight"
-    assert aliases(name) == (name, "model.layers.3.mlp.experts.gate_up_proj")
-    assert aliases("model.layers.3.mlp.experts.7.down_proj.weight")[1] == "model.layers.3.mlp.experts.down_proj"
-    assert "transformer.h.0.attn.c_attn.weight" in aliases("h.0.attn.c_attn.weight")
-    assert aliases("model.norm.weight") == ("model.norm.weight",)
+    for text in ("experts.7.w1", "block_sparse_moe", "mlp.experts.gate_up_proj", "layers.3.mlp"):
+        assert answers_to(name, text), text
+    assert not answers_to(name, "experts.down_proj")
+    assert answers_to("h.0.attn.c_attn.weight", "transformer.h.0")
+    assert answers_to("h.0.attn.c_attn.weight", "h.0.attn")
+
+
+def test_a_prefix_alone_is_no_part_of_a_name_that_lacks_it() -> None:
+    assert not answers_to("visual_projection.weight", "model")
+    assert not answers_to("h.0.attn.c_attn.weight", "transformer.")
+    assert not answers_to("logit_scale", "former")
+    assert answers_to("text_model.a.weight", "model")
 
 
 def test_modules_are_found_by_stack_by_part_and_by_mergekits_words() -> None:
@@ -108,6 +116,8 @@ def test_modules_are_found_by_stack_by_part_and_by_mergekits_words() -> None:
     assert list(modules_of(["vision_tower", "text_decoder"], names).values()) == [
         "text_decoder", "vision_tower", "vision_tower", "text_decoder",
     ]  # fmt: skip
+    names = ["model.vision_tower.decoder.0.w", "model.language_model.0.w"]
+    assert list(modules_of(["vision_tower", "text_decoder"], names).values()) == ["vision_tower", "text_decoder"]
     names = ["encoder.block.0.w", "decoder.block.0.w", "shared.weight"]
     assert list(modules_of(["encoder", "decoder", "default"], names).values()) == ["encoder", "decoder", "default"]
     assert list(modules_of(["text_decoder", "vision_tower"], ["model.layers.0.w", "vision_tower.x"]).values()) == [

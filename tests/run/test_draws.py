@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import streammerge
-from streammerge.base.errors import RecipeError
+from streammerge.base.errors import RecipeError, UserError
 from tests.models import make_models
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -101,3 +101,11 @@ def test_it_is_another_plan_and_other_methods_are_refused(tmp_path: Path) -> Non
     assert streammerge.make_plan(recipe).digest not in (tmp_path / "out" / "streammerge.manifest.json").read_text()
     with pytest.raises(RecipeError, match="what DARE draws there, not what della does"):
         merge(recipe_of(tmp_path, models, "della", parameters={"epsilon": 0.1}), tmp_path / "della")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_mergekit_has_not_is_refused(tmp_path: Path, seed: int) -> None:
+    recipe = recipe_of(tmp_path, make_models(tmp_path / "models", 2, shapes=SHAPES))
+    with pytest.raises(UserError, match="mergekit's are from 0 to 4294967295"):
+        merge(recipe, tmp_path / "out", seed=seed)
+    assert not (tmp_path / "out").exists()

@@ -396,3 +396,70 @@ def test_all_models_that_are_not_there_are_named_at_once(tmp_path: Path) -> None
     with pytest.raises(InputError, match=r"(?s)model 'x' is not there.*model 'y' is not there") as caught:
         merge(tmp_path, recipe)
     assert caught.value.exit_code == 4
+
+
+def test_slices_of_models_that_do_not_hold_the_same_outside_the_layers_are_refused(
+    tmp_path: Path, models: list[Path]
+) -> None:
+    base, one, *_ = models
+    tensors = load_file(one / "model.safetensors")
+    save_model(one, {name: tensor for name, tensor in tensors.items() if "lm_head" not in name})
+    for sources in ([[source(base, 0, 4), source(one, 0, 4)]], [[source(base, 0, 4)], [source(one, 1, 3)]]):
+        recipe = {"merge_method": "linear", "parameters": {"weight": 1},
+                  "slices": [{"sources": each} for each in sources]}  # fmt: skip
+        (problem,) = problems(tmp_path, recipe)
+        assert problem.startswith("tensor 'lm_head.weight' is in ")
+
+
+def test_modules_lose_no_tensor_that_only_one_model_has(tmp_path: Path, models: list[Path]) -> None:
+    base, one, *_ = models
+    tensors = load_file(one / "model.safetensors")
+    save_model(one, {**tensors, "model.layers.0.q_proj.bias": torch.zeros(8)})
+    both = {"models": [{"model": str(base)}, {"model": str(one)}]}
+    recipe = {"merge_method": "linear", "parameters": {"weight": 1}, "modules": {"default": both}}
+    assert "tensor 'model.layers.0.q_proj.bias' is in" in problems(tmp_path, recipe)[0]
+
+
+def test_modules_may_be_sliced_from_a_model_with_more_layers_than_the_donor(tmp_path: Path, models: list[Path]) -> None:
+    base = models[0]
+    tall = dict(load_file(base / "model.safetensors"))
+    for part in ("mlp.up_proj", "self_attn.q_proj", "norm"):
+        tall[f"model.layers.4.{part}.weight"] = tall[f"model.layers.3.{part}.weight"] + 1
+    path = save_model(tmp_path / "tall", tall)
+    slices = [{"sources": [source(base, 0, 2)]}, {"sources": [source(path, 4, 5)]}]
+    merged = merge(tmp_path, {"merge_method": "passthrough", "base_model": str(base),
+                              "modules": {"default": {"slices": slices}}})  # fmt: skip
+    assert torch.equal(merged["model.layers.2.norm.weight"], tall["model.layers.4.norm.weight"])
+
+
+def test_tensors_of_no_module_get_the_dtype_of_the_recipe(tmp_path: Path) -> None:
+    shapes = {"vision_tower.w": (8, 8), "language_model.layers.0.w": (8, 8)}
+    base, one = (str(path) for path in make_models(tmp_path / "models", 1, shapes=shapes, dtype=torch.float32))
+    recipe = {"merge_method": "linear", "parameters": {"weight": 1}, "dtype": "bfloat16",
+              "modules": {"text_decoder": {"models": [{"model": base}, {"model": one}]}}}  # fmt: skip
+    assert {tensor.dtype for tensor in merge(tmp_path, recipe).values()} == {torch.bfloat16}
+
+
+def test_lists_of_the_numbers_of_layers_follow_the_layers(tmp_path: Path, models: list[Path]) -> None:
+    base = models[0]
+    (base / "config.json").write_text(json.dumps({"num_hidden_layers": LAYERS, "mlp_only_layers": [1, 2, 3]}))
+    merge(tmp_path, stack(source(base, 2, 4), source(base, 0, 4)))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config == {"num_hidden_layers": 6, "mlp_only_layers": [0, 1, 3, 4, 5], "dtype": "bfloat16"}
+
+
+def test_layers_of_different_widths_are_a_warning(tmp_path: Path, models: list[Path]) -> None:
+    tensors = load_file(models[1] / "model.safetensors")
+    tensors |= {f"model.layers.{i}.norm.weight": torch.zeros(9) for i in range(LAYERS)}
+    save_model(models[1], tensors)
+    notes: list[str] = []
+    merge(tmp_path, stack(source(models[0], 0, 2), source(models[1], 0, 2)), note=notes.append)
+    assert any("different widths" in note for note in notes)
+
+
+def test_a_name_of_the_billionth_layer_takes_no_memory_and_cannot_be_sliced(tmp_path: Path) -> None:
+    path = save_model(tmp_path / "m", make_tensors(0, shapes={"layers.0.w": (4,), "layers.999999999.w": (4,)}))
+    merged = merge(tmp_path, {"merge_method": "passthrough", "models": [{"model": str(path)}]})
+    assert "layers.999999999.w" in merged
+    (problem,) = problems(tmp_path, stack(source(path, 0, 999_999_999)))
+    assert "no model has so many layers" in problem

@@ -191,3 +191,32 @@ def test_float64_among_others_makes_all_of_a_scope_float64(tmp_path: Path) -> No
         changed = (merged[name].double() != base[name]).numpy()
         assert not (changed & ~mask).any()
         assert changed.sum() >= 0.99 * mask.sum()
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("ties", {"weight": 0.6, "density": 0.3, "density_scope": "model"}), ("metagpt", {}),
+        ("localize_and_stitch", {"density": 0.2, "density_scope": "layer"}),
+    ],
+)  # fmt: skip
+def test_a_stage_sees_all_of_itself_whatever_the_output_uses(
+    tmp_path: Path, models: list[Path], method: str, parameters: dict[str, Any]
+) -> None:
+    stage = yaml.safe_load(recipe_of(tmp_path, models, method, **parameters).read_text())
+    whole = merge(tmp_path / "r.yaml", tmp_path / "A")
+    # Scaled here and copied there: the stage is the first step of some tensors and the second of others.
+    scale = {"scale": [{"filter": "up", "value": 0.9}]}
+    scaled = {"name": "B", "merge_method": "passthrough",
+              "models": [{"model": str(models[1]), "parameters": scale}]}  # fmt: skip
+    sources = [{"model": model, "layer_range": [1, 3]} for model in ("B", "A")]
+    last = {"merge_method": "linear", "slices": [{"sources": sources}],
+            "parameters": {"weight": [{"filter": "q.", "value": 0.25}, {"value": 0.5}]}}  # fmt: skip
+    path = tmp_path / "stages.yaml"
+    path.write_text(yaml.safe_dump_all([{"name": "A", **stage}, scaled, last]))
+    together = merge(path, tmp_path / "together")
+    apart = yaml.safe_dump_all([scaled, last]).replace("model: A", f"model: {tmp_path / 'A'}")
+    path.write_text(apart)
+    expected = merge(path, tmp_path / "apart")
+    assert set(whole) == set(SHAPES)
+    assert all(torch.equal(together[name], expected[name]) for name in expected)
