@@ -23,8 +23,9 @@ from typing import NamedTuple
 import torch
 import xxhash
 from torch import Tensor
+from torch.nn.functional import pad
 
-from streammerge.kernels.contract import Arguments, Program, evaluate
+from streammerge.kernels.contract import BLOCK, Arguments, Grain, Program, Tile, evaluate
 
 # What making packages costs: time of each, and memory of the child and its C++ compiler.
 SECONDS_TO_COMPILE = 9.0
@@ -82,13 +83,30 @@ class Cache:
             return None
         names = [argument.name for argument in program.arguments]
 
-        def run(inputs: Sequence[Tensor], out: Tensor | None, starts: Tensor | None, keys: Tensor | None,
-                arguments: Arguments) -> Tensor:  # fmt: skip
-            flat = flatten(program, inputs, out, starts, keys, [arguments[name] for name in names])
+        def call(inputs: Sequence[Tensor], out: Tensor | None, starts: Tensor | None, keys: Tensor | None,
+                 arguments: Arguments, prepared: Tensor | None = None) -> Tensor:  # fmt: skip
+            flat = flatten(program, inputs, out, starts, keys, prepared, [arguments[name] for name in names])
             result: list[Tensor] = loader.boxed_run(flat)
             return result[0]
 
-        return run
+        def call_with_rows(inputs: Sequence[Tensor], out: Tensor | None, starts: Tensor | None, keys: Tensor | None,
+                           arguments: Arguments) -> Tensor:  # fmt: skip
+            assert program.prepare is not None
+            values = [stored.to(signature.work) for stored in inputs]
+            base = values.pop(0) if signature.has_base else None
+            prepared = program.prepare(Tile(base, values, starts, keys), arguments)
+            elements = inputs[0].numel()
+            if elements == BLOCK:
+                flat = [stored.view(1, BLOCK) for stored in inputs]
+                return call(flat, None if out is None else out.view(1, BLOCK), starts, keys, arguments, prepared)
+            filled = [pad(stored.reshape(1, -1), (0, BLOCK - elements)) for stored in inputs]
+            place = None if out is None else torch.empty(1, BLOCK, dtype=out.dtype)
+            result = call(filled, place, starts, keys, arguments, pad(prepared, (0, BLOCK - elements), value=-1))
+            if out is not None and place is not None:
+                out.view(-1).copy_(place[0, :elements])
+            return result
+
+        return call if program.prepare is None else call_with_rows
 
     def build(self, wanted: Sequence[tuple[Program, Signature]]) -> str | None:
         """Compile the missing ones in a child process. Returns why it failed, or None."""
@@ -124,6 +142,11 @@ def compiler_missing() -> str | None:
     return None if shutil.which(os.environ.get("CXX", "g++")) else "there is no C++ compiler (g++, or CXX)"
 
 
+def can_be_compiled(program: Program, grain: Grain) -> bool:
+    """Whether a program is of blocks, or sees its rows beforehand and then a block at most."""
+    return grain.width is None or (program.prepare is not None and grain.unit <= BLOCK)
+
+
 @cache
 def _environment() -> str:
     """What else decides a package: our sources, torch, and the processor it was compiled for."""
@@ -139,7 +162,7 @@ def _environment() -> str:
 
 
 def flatten(program: Program, inputs: Sequence[Tensor], out: Tensor | None, starts: Tensor | None,
-             keys: Tensor | None, arguments: Sequence[Tensor]) -> list[Tensor]:  # fmt: skip
+             keys: Tensor | None, prepared: Tensor | None, arguments: Sequence[Tensor]) -> list[Tensor]:  # fmt: skip
     """The inputs of a compiled program in their fixed order."""
     flat = [*inputs]
     if out is not None:
@@ -150,4 +173,7 @@ def flatten(program: Program, inputs: Sequence[Tensor], out: Tensor | None, star
     if program.needs_keys:
         assert keys is not None
         flat.append(keys)
+    if program.prepare is not None:
+        assert prepared is not None
+        flat.append(prepared)
     return flat + list(arguments)

@@ -31,8 +31,9 @@ class _Flat(torch.nn.Module):
         out = rest.pop(0) if signature.out is not None else None
         starts = rest.pop(0) if program.needs_starts else None
         keys = rest.pop(0) if program.needs_keys else None
+        prepared = rest.pop(0) if program.prepare is not None else None
         arguments = {argument.name: rest.pop(0) for argument in program.arguments}
-        return evaluate(program, signature.work, inputs, signature.has_base, out, starts, keys, arguments)
+        return evaluate(program, signature.work, inputs, signature.has_base, out, starts, keys, arguments, prepared)
 
 
 def _example(program: Program, signature: Signature) -> list[Tensor]:
@@ -44,6 +45,7 @@ def _example(program: Program, signature: Signature) -> list[Tensor]:
         None if signature.out is None else torch.zeros(blocks, BLOCK, dtype=signature.out),
         torch.zeros(blocks, 1, dtype=torch.int64),
         torch.zeros(blocks, signature.models, 2, dtype=torch.int32),
+        torch.zeros(blocks, signature.models, BLOCK, dtype=torch.int32),
         [torch.zeros(s, dtype=a.dtype or signature.work) for s, a in zip(sizes, program.arguments, strict=True)],
     )
 

@@ -56,13 +56,14 @@ class Tile(NamedTuple):
 
     `starts` (blocks, 1) int64 is the index in the tensor of each block's first element; `keys` (blocks, models, 2)
     int32 are the keys of the random bits, or, when these come one after the other, (blocks, models, BLOCK) float32 are
-    random numbers. They are None unless the program asks for them.
+    random numbers. They are None unless the program asks for them. `prepared` is what its `prepare` made of the rows.
     """
 
     base: Tensor | None
     models: Sequence[Tensor]
     starts: Tensor | None
     keys: Tensor | None
+    prepared: Tensor | None = None
 
     def deltas(self) -> list[Tensor]:
         """Each model minus the base."""
@@ -97,6 +98,9 @@ class Program:
     merges: bool = False
     needs_starts: bool = False
     needs_keys: bool = False
+    # Made of whole rows beforehand, eagerly: (1, models, elements), a number for each entry of every model. The rest of
+    # the program then sees no rows any more, and can be compiled.
+    prepare: Callable[[Tile, Arguments], Tensor] | None = None
     # What eager code costs per element and model on one thread; compiled takes about half a nanosecond. Decides only
     # whether compiling pays.
     eager_ns: float = 2.0
@@ -254,14 +258,17 @@ def _name(function: Callable[..., Any]) -> str:
 
 
 def evaluate(program: Program, work: torch.dtype, inputs: Sequence[Tensor], has_base: bool, out: Tensor | None,
-             starts: Tensor | None, keys: Tensor | None, arguments: Arguments) -> Tensor:  # fmt: skip
+             starts: Tensor | None, keys: Tensor | None, arguments: Arguments,
+             prepared: Tensor | None = None) -> Tensor:  # fmt: skip
     """Run a program on stored inputs of any float dtype, each in the shape of the tile; base first if `has_base`.
 
     A merging program writes `out`, rounding once (to nearest, ties to even), and returns per block or row 0, or NaN
     when an input or the result is not finite. Others return their partial results.
     """
     values = [stored.to(work) for stored in inputs]
-    tile = Tile(values[0] if has_base else None, values[has_base:], starts, keys)
+    tile = Tile(values[0] if has_base else None, values[has_base:], starts, keys, prepared)
+    if program.prepare is not None and prepared is None:
+        tile = tile._replace(prepared=program.prepare(tile, arguments))
     result = program(tile, arguments)
     if out is None:
         return result

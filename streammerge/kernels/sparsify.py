@@ -59,8 +59,7 @@ NEEDS: dict[Sparsifier, Needs] = {
     "outliers": Needs((*CUT_ARGUMENTS, *_TOP_ARGUMENTS), starts=True, cuts=_TWO_CUTS),
     "random": Needs((Argument("limit", dtype=torch.int32),), keys=True),
     "sequential": Needs((Argument("share", dtype=torch.float32),), keys=True),
-    # A limit for every rank of a row.
-    "ranked": Needs((Argument("limits", ("K", "any"), torch.int32),), keys=True),
+    "ranked": Needs(keys=True),
 }
 
 SCOPE = Param(
@@ -204,10 +203,17 @@ def _drawn_in_turn(tile: Tile, arguments: Arguments, delta: Tensor, i: int) -> T
     return tile.keys[:, i] < arguments["share"][i]
 
 
+def limits_by_rank(tile: Tile, arguments: Arguments) -> Tensor:
+    """(1, models, elements): the keep limit of every entry, for its rank in its row."""
+    limits = [by_rank(magnitude(delta), arguments["limits"][i]) for i, delta in enumerate(tile.deltas())]
+    return torch.stack([limit.reshape(-1) for limit in limits])[None]
+
+
 def _drawn_by_rank(tile: Tile, arguments: Arguments, delta: Tensor, i: int) -> Tensor:
     assert tile.keys is not None
-    limits = by_rank(magnitude(delta), arguments["limits"][i])
-    return keep_mask(tile.keys[:, i], limits.reshape(1, -1), limits.numel()).view(delta.shape)
+    assert tile.prepared is not None
+    limits = tile.prepared[:, i]
+    return keep_mask(tile.keys[:, i], limits, limits.shape[-1]).view(delta.shape)
 
 
 _STAYS: dict[Sparsifier, Callable[[Tile, Arguments, Tensor, int], Tensor]] = {

@@ -39,6 +39,7 @@ from streammerge.kernels.sparsify import (
     Sparsifier,
     check,
     cut_survey,
+    limits_by_rank,
     measured,
     scope_of,
     sparse,
@@ -202,6 +203,7 @@ def _merging(sparsifier: Sparsifier, election: bool, normalize: bool) -> Program
         merges=True,
         needs_starts=NEEDS[sparsifier].starts,
         needs_keys=NEEDS[sparsifier].keys,
+        prepare=limits_by_rank if sparsifier == "ranked" else None,
         eager_ns=22 if election else 4,
     )
 
@@ -213,6 +215,7 @@ def _weighing(sparsifier: Sparsifier) -> Program:
         (("sparsifier", sparsifier),),
         needs_starts=NEEDS[sparsifier].starts,
         needs_keys=NEEDS[sparsifier].keys,
+        prepare=limits_by_rank if sparsifier == "ranked" else None,
         eager_ns=18,
     )
 
@@ -221,8 +224,9 @@ def _weigh(tile: Tile, arguments: Arguments, sparsifier: Sparsifier) -> Tensor:
     """(blocks, 2 · models) float64: Σ|Δ_i| and Σ|S_i| of each block."""
     values = tile.deltas() + sparse(tile, arguments, sparsifier)
     if sparsifier == "ranked":
-        # By rows a unit is one block.
-        values = [value.reshape(1, -1) for value in values]
+        # A unit of rows is one block.
+        assert tile.keys is not None
+        values = [value.reshape(tile.keys.shape[0], -1) for value in values]
     return torch.stack([block_sum(value.abs()) for value in values], -1)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from streammerge.kernels.chance import block_keys
-from streammerge.kernels.compiled import Run, Signature, eager
+from streammerge.kernels.compiled import Run, Signature, can_be_compiled, eager
 from streammerge.kernels.contract import BLOCK, Grain, Look, Method, Problem, Program, Settings, grain_of
 
 Finder = Callable[[Program, Signature], Run | None]
@@ -109,7 +109,8 @@ class _Runner:
         return out.view(-1)[: self._elements]
 
     def _run(self, program: Program, signature: Signature) -> tuple[Run, int]:
-        compiled = self._find(program, signature) if self._width == BLOCK and self._grain.width is None else None
+        compilable = self._width == BLOCK and can_be_compiled(program, self._grain)
+        compiled = self._find(program, signature) if compilable else None
         return (eager(program, signature), _EAGER_PIECE) if compiled is None else (compiled, _COMPILED_PIECE)
 
     def _pieces(self, size: int, spans: Sequence[tuple[int, int]] | None) -> Iterator[_Piece]:

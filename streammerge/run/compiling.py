@@ -13,6 +13,7 @@ from streammerge.kernels.compiled import (
     SECONDS_TO_COMPILE,
     Cache,
     Signature,
+    can_be_compiled,
     compiler_missing,
     default_cache,
 )
@@ -89,13 +90,16 @@ def programs_of(tensors: Sequence[TensorPlan]) -> dict[tuple[Program, Signature]
     counts: dict[tuple[Program, Signature], int] = {}
     for tensor in tensors:
         for step in tensor.steps:
-            if step.grain(tensor.shape).width is not None or step.settings.sequential is not None:
+            if step.settings.sequential is not None:
                 continue
             method, look = step.method, signature_of(tensor, step)
             used = [(program, look) for program in method.looks(step.settings)]
             if DTYPES[step.dtype].bits > 8:
                 used.append((method.program(step.settings), look._replace(out=torch_dtype(step.dtype))))
+            grain = step.grain(tensor.shape)
             for pair in used:
+                if not can_be_compiled(pair[0], grain):
+                    continue
                 counts[pair] = counts.get(pair, 0) + tensor.elements * look.models
     return counts
 

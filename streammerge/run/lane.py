@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from streammerge.base.dtypes import DTYPES
-from streammerge.kernels.compiled import Run, Signature, eager
+from streammerge.kernels.compiled import Run, Signature, can_be_compiled, eager
 from streammerge.kernels.contract import Arguments, Grain, Look, Program
 from streammerge.run.arena import Area
 
@@ -102,7 +102,7 @@ class CpuLane:
         torch.set_num_threads(1)
         self._pool = ThreadPoolExecutor(threads, "compute", initializer=torch.set_num_threads, initargs=(1,))
         self._find = compiled
-        self._runs: dict[tuple[Program, Signature], tuple[Run, int]] = {}
+        self._runs: dict[tuple[Program, Signature, bool], tuple[Run, int]] = {}
 
     def look(self, look: Look, signature: Signature, stretch: Stretch) -> Callable[[], list[Any]]:
         run, size = self._run(look.program, signature, stretch.grain)
@@ -145,9 +145,9 @@ class CpuLane:
         self._pool.shutdown(cancel_futures=True)
 
     def _run(self, program: Program, signature: Signature, grain: Grain) -> tuple[Run, int]:
-        key = (program, signature)
+        key = (program, signature, can_be_compiled(program, grain))
         if key not in self._runs:
-            compiled = self._find(program, signature) if grain.width is None else None
+            compiled = self._find(program, signature) if can_be_compiled(program, grain) else None
             self._runs[key] = (
                 (eager(program, signature), _EAGER_PIECE) if compiled is None else (compiled, _COMPILED_PIECE)
             )

@@ -25,7 +25,7 @@ from streammerge.kernels.contract import BLOCK, Method, Problem, Program, Settin
 from tests.kernels.looking import Memory, block_starts, in_blocks
 from tests.methods.cases import DTYPES, FORMS, bits, make, make_case, merge, profiles, sees_rows, settings_of
 
-# By rows everything runs eagerly.
+# Programs by rows run eagerly, or are tested below.
 COMPILED = [name for name, method in FORMS.items() if not sees_rows(method, profiles(method)["usual"])]
 every_method = pytest.mark.parametrize("name", COMPILED)
 
@@ -181,6 +181,38 @@ def test_a_compiled_merge_writes_the_file_of_an_eager_one(
     assert notes == []
     used = {(program, signature) for program, signature, found in loaded if found}
     assert used == set(suite_work(name).programs)
+    merge(made, tmp_path / "eager")
+    file = "model.safetensors"
+    assert (tmp_path / "compiled" / file).read_bytes() == (tmp_path / "eager" / file).read_bytes()
+
+
+BY_ROWS = [name for name, method in FORMS.items() if method.program(suite_work(name).settings).prepare is not None]
+
+
+@pytest.mark.parametrize("name", BY_ROWS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_programs_that_see_rows_beforehand_write_the_file_of_eager_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype
+) -> None:
+    """Rows that fill blocks, rows that do not, one row longer than a block, and a vector."""
+    method = FORMS[name]
+    shapes = [(64, 2048), (300, 700), (3, 70_000), (5,), (1,)]
+    cases = [
+        make_case(method, str(shape), shape, seed=i, dtypes=(dtype,), **profiles(method)["usual"])
+        for i, shape in enumerate(shapes)
+    ]
+    made = make(tmp_path, method, cases)
+    loaded = []
+    load = Cache.load
+
+    def spy(cache: Cache, program: Program, signature: Signature, threads: int) -> Run | None:
+        run = load(cache, program, signature, threads)
+        loaded.append(run is not None)
+        return run
+
+    monkeypatch.setattr(Cache, "load", spy)
+    merge(made, tmp_path / "compiled", compile="on", threads=2)
+    assert any(loaded)
     merge(made, tmp_path / "eager")
     file = "model.safetensors"
     assert (tmp_path / "compiled" / file).read_bytes() == (tmp_path / "eager" / file).read_bytes()
