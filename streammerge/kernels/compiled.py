@@ -14,6 +14,8 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -26,6 +28,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from streammerge.kernels.contract import BLOCK, Arguments, Grain, Program, Tile, evaluate
+from streammerge.kernels.library import Library
 
 # What making packages costs: time of each, and memory of the child and its C++ compiler.
 SECONDS_TO_COMPILE = 9.0
@@ -75,19 +78,18 @@ class Cache:
         if not package.exists():
             return None
         try:
-            # The loader of torch._inductor, without importing the compiler behind it (two seconds, 170 MB).
-            loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, threads, -1)
-        except RuntimeError:
+            library = Library(_unpacked(package), threads)
+        except (OSError, zipfile.BadZipFile):
             # Damaged: gone, it is compiled again when that pays, and eager code gives the same bits.
             package.unlink(missing_ok=True)
+            package.with_suffix(".so").unlink(missing_ok=True)
             return None
         names = [argument.name for argument in program.arguments]
 
         def call(inputs: Sequence[Tensor], out: Tensor | None, starts: Tensor | None, keys: Tensor | None,
                  arguments: Arguments, prepared: Tensor | None = None) -> Tensor:  # fmt: skip
             flat = flatten(program, inputs, out, starts, keys, prepared, [arguments[name] for name in names])
-            result: list[Tensor] = loader.boxed_run(flat)
-            return result[0]
+            return library(flat)
 
         def call_with_rows(inputs: Sequence[Tensor], out: Tensor | None, starts: Tensor | None, keys: Tensor | None,
                            arguments: Arguments) -> Tensor:  # fmt: skip
@@ -129,6 +131,20 @@ class Cache:
             input=request, env=environment, capture_output=True, check=False,
         )  # fmt: skip
         return None if done.returncode == 0 else (done.stderr.decode().strip().splitlines() or ["no message"])[-1]
+
+
+def _unpacked(package: Path) -> Path:
+    """The library in a package, beside it. Raises OSError, BadZipFile."""
+    path = package.with_suffix(".so")
+    if not path.exists():
+        with zipfile.ZipFile(package) as archive:
+            names = [name for name in archive.namelist() if name.endswith(".so")]
+            if len(names) != 1:
+                raise OSError(f"{package}: holds {len(names)} libraries")
+            partial = path.with_name(f"{path.stem}.{os.getpid()}.{threading.get_ident()}.so")
+            partial.write_bytes(archive.read(names[0]))
+            partial.rename(path)
+    return path
 
 
 def default_cache() -> Cache:
