@@ -623,7 +623,7 @@ def _undecided(given: Given, parts: list[Array], ballot: Array) -> NDArray[np.bo
     cast = sum((np.abs(part) for part in parts), np.zeros_like(ballot))
     near = np.abs(ballot) <= 8 * np.finfo(given.work).eps * cast
     # Votes that the work dtype holds exactly, and adds exactly, leave nothing open: a sum of zero is positive.
-    weights = given.numbers("weight")
+    weights = [float(weight) for weight in given.each.get("weight", ()) if weight is not None]
     exact = np.full(len(ballot), all(float(given.work(weight)) == weight for weight in weights))
     running = np.zeros_like(ballot)
     for part in parts:
