@@ -204,7 +204,7 @@ def _merging(sparsifier: Sparsifier, election: bool, normalize: bool) -> Program
         needs_starts=NEEDS[sparsifier].starts,
         needs_keys=NEEDS[sparsifier].keys,
         prepare=limits_by_rank if sparsifier == "ranked" else None,
-        eager_ns=22 if election else 4,
+        eager_ns=22 if election or sparsifier != "none" else 4,
     )
 
 
