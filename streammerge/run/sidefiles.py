@@ -65,11 +65,15 @@ def side_files(plan: Plan) -> dict[str, bytes]:
 
 def side_file(plan: Plan, file: Path) -> bytes:
     """The content a copied file gets in OUT. Raises InputError."""
+    content = _read(file)
+    return _config(plan, file, content) if file.name == "config.json" else content
+
+
+def _read(file: Path) -> bytes:
     try:
-        content = file.read_bytes()
+        return file.read_bytes()
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}.") from error
-    return _config(plan, file, content) if file.name == "config.json" else content
 
 
 def _config(plan: Plan, file: Path, content: bytes) -> bytes:
@@ -114,7 +118,7 @@ def _set_layers(plan: Plan, config: dict[str, Any]) -> bool:
     sources = [config]
     for checkpoint in plan.checkpoints[1:]:
         other = checkpoint.directory / "config.json"
-        sources.append(_read_config(other, other.read_bytes()) if other.is_file() else config)
+        sources.append(_read_config(other, _read(other)) if other.is_file() else config)
     changed = False
     for path in _maps(config):
         owners = [_at(source, path) for source in sources]
@@ -128,9 +132,11 @@ def _set_layers(plan: Plan, config: dict[str, Any]) -> bool:
         for key, value in list(own.items()):
             if not isinstance(value, list):
                 continue
-            lists = [owner.get(key, value) for owner in owners]
+            # A source without such a list has the donor's.
+            lists = [found if isinstance(found := owner.get(key), list) else value for owner in owners]
             if len(value) == donor and _is_by_layer(key, donor):
-                # A source without such a list has the donor's, which may be shorter.
+                lists = [found or value for found in lists]
+                # It may be shorter than that source has layers.
                 own[key] = [lists[number][min(layer, len(lists[number]) - 1)] for number, layer in plan.layers]
             elif _NUMBERS_OF_LAYERS.search(key) and all(type(item) is int and 0 <= item < donor for item in value):
                 own[key] = [i for i, (number, layer) in enumerate(plan.layers) if layer in lists[number]]
@@ -148,8 +154,10 @@ def _maps(config: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _at(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    """The map at `path`, empty where there is none."""
     for key in path:
-        config = config.get(key, {})
+        inner = config.get(key)
+        config = inner if isinstance(inner, dict) else {}
     return config
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import streammerge
 from streammerge.base.errors import InputError, RecipeError
+from streammerge.plan.recipe import load_recipe
 from tests.models import make_models, make_tensors, save_model
 
 LAYERS = 4
@@ -276,6 +277,30 @@ def test_chance_in_a_stage_is_another_than_in_the_last_one(tmp_path: Path, model
     assert 0.23 < share < 0.27
 
 
+def _needing(name: str | None, *needed: str) -> dict[str, Any]:
+    named = {} if name is None else {"name": name}
+    return {**named, "merge_method": "linear", "models": [{"model": model} for model in needed],
+            "parameters": {"weight": 1}}  # fmt: skip
+
+
+def test_documents_come_after_those_they_need_however_many(tmp_path: Path, models: list[Path]) -> None:
+    chain = [_needing(f"s{i}", f"s{i - 1}" if i else str(models[0]), str(models[1])) for i in range(299)]
+    recipe = tmp_path / "chain.yaml"
+    recipe.write_text(yaml.safe_dump_all([_needing(None, "s298"), *reversed(chain)]))
+    assert [stage.name for stage in load_recipe(recipe).stages] == [*(f"s{i}" for i in range(299)), None]
+    assert problems(tmp_path, *chain, *chain) == ["598 documents; there may be 300"]
+
+
+def test_documents_nobody_needs_and_circles_beside_the_output_are_refused(tmp_path: Path, models: list[Path]) -> None:
+    output = _needing(None, str(models[0]))
+    assert problems(tmp_path, _needing("a", str(models[0])), output) == [
+        "no document uses a; take it out, or use it as a model"
+    ]
+    (circle,) = problems(tmp_path, _needing("a", "b"), _needing("b", "a"), output)
+    assert circle.startswith(("the documents need each other in a circle: a needs b needs a;",
+                              "the documents need each other in a circle: b needs a needs b;"))  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -446,6 +471,18 @@ def test_lists_of_the_numbers_of_layers_follow_the_layers(tmp_path: Path, models
     merge(tmp_path, stack(source(base, 2, 4), source(base, 0, 4)))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config == {"num_hidden_layers": 6, "mlp_only_layers": [0, 1, 3, 4, 5], "dtype": "bfloat16"}
+
+
+def test_a_source_whose_config_has_null_for_a_list_has_the_donors(tmp_path: Path, models: list[Path]) -> None:
+    base, one = models[:2]
+    config = {"num_hidden_layers": LAYERS, "layer_types": list("abcd"), "mlp_only_layers": [1, 3]}
+    (base / "config.json").write_text(json.dumps({**config, "text_config": config}))
+    null = {"num_hidden_layers": LAYERS, "layer_types": None, "mlp_only_layers": None, "text_config": None}
+    (one / "config.json").write_text(json.dumps(null))
+    merge(tmp_path, stack(source(base, 0, 4), source(one, 2, 4)))
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    expected = {"num_hidden_layers": 6, "layer_types": list("abcdcd"), "mlp_only_layers": [1, 3, 5]}
+    assert written == {**expected, "text_config": expected, "dtype": "bfloat16"}
 
 
 def test_layers_of_different_widths_are_a_warning(tmp_path: Path, models: list[Path]) -> None:
