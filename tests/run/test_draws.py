@@ -16,6 +16,7 @@ from torch import Tensor
 
 import streammerge
 from streammerge.base.errors import RecipeError, UserError
+from streammerge.run.draws import Draws
 from tests.models import make_models
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -77,6 +78,24 @@ def test_tiles_threads_and_a_resume_change_no_bit(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("streammerge.plan.budget._DEFAULT_ARENA", 0)
     tiles = merge(recipe, tmp_path / "tiles", threads=2)
     assert all(torch.equal(whole[name], tiles[name]) for name in SHAPES)
+
+    seen: set[str] = set()
+    tile = Draws.tile
+
+    def stop_at_the_third(self: Draws, tensor: str, *given: int) -> Tensor:
+        seen.add(tensor)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return tile(self, tensor, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Draws, "tile", stop_at_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            merge(recipe, tmp_path / "resumed")
+    report = streammerge.merge(recipe, tmp_path / "resumed", compile="off", rng="mergekit", device="cpu")
+    assert 0 < report.resumed < len(SHAPES)
+    resumed = load_file(tmp_path / "resumed" / "model.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in SHAPES)
 
 
 def test_a_dense_model_takes_no_numbers(tmp_path: Path) -> None:
