@@ -92,7 +92,7 @@ def test_11_every_method_writes_the_dtype_that_was_asked_for(tmp_path: Path, nam
     count = max(method.min_models, 1)
     models = make_models(tmp_path / "models", count, shapes={"w": (16, 16)})
     values = {param.name: 0.4 for param in method.params if param.default is None and not param.optional}
-    recipe = task_vectors(name, models, **values, **({"density": 0.5} if name != "passthrough" else {}))
+    recipe = task_vectors(name, models, **values, density=0.5)
     merged = merge(tmp_path, {**recipe, "dtype": "bfloat16"})
     assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
 
