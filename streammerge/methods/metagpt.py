@@ -9,7 +9,6 @@ Exclusive Task Arithmetic" (2024).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -18,7 +17,6 @@ from torch import Tensor
 
 from streammerge.kernels.blocksum import block_sum, total
 from streammerge.kernels.contract import (
-    Argument,
     Arguments,
     Look,
     Measuring,
@@ -31,6 +29,7 @@ from streammerge.kernels.contract import (
     Surveying,
     Tile,
 )
+from streammerge.kernels.gram import SUM_FROM_BASE
 
 
 def squares(tile: Tile, arguments: Arguments) -> Tensor:
@@ -39,25 +38,13 @@ def squares(tile: Tile, arguments: Arguments) -> Tensor:
     return torch.stack([block_sum(delta * delta) for delta in wide], -1)
 
 
-def moved(tile: Tile, arguments: Arguments) -> Tensor:
-    """b + Σ c_i Δ_i."""
-    assert tile.base is not None
-    merged = torch.zeros_like(tile.base)
-    for i, delta in enumerate(tile.deltas()):
-        merged = merged + delta * arguments["coefficient"][i]
-    return tile.base + merged
-
-
 _LOOK = Program(squares, eager_ns=4)
-_PROGRAM = Program(moved, (Argument("coefficient"),), merges=True, eager_ns=4)
 
 
 def _shares(squares_of: Sequence[Sequence[float]]) -> list[float]:
     """λ of every model, from the sums of squares of each tensor."""
-    sums = [
-        math.fsum(column) if all(map(math.isfinite, column)) else math.nan for column in zip(*squares_of, strict=True)
-    ]
-    everything = math.fsum(sums) if all(map(math.isfinite, sums)) else math.nan
+    sums = total(torch.tensor(squares_of, dtype=torch.float64))
+    (everything,) = total(torch.tensor(sums, dtype=torch.float64)[:, None])
     return [share / everything if everything else 0.0 for share in sums]
 
 
@@ -92,7 +79,7 @@ METAGPT = Method(
     base="required",
     min_models=1,
     max_models=None,
-    program=lambda settings: _PROGRAM,
+    program=lambda settings: SUM_FROM_BASE,
     measure=_measure,
     passes=lambda settings, narrow: 2 if _scope(settings) == "tensor" else 1,
     looks=lambda settings: (_LOOK,) if _scope(settings) == "tensor" else (),
