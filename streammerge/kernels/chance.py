@@ -14,7 +14,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import xxhash
-from numpy.typing import NDArray
 from torch import Tensor
 
 from streammerge.kernels.contract import BLOCK
@@ -38,24 +37,20 @@ def block_keys(stream_keys: Sequence[int], first_block: int, blocks: int) -> Ten
     return torch.from_numpy(key.astype("<u8").view("<i4").reshape(blocks, len(stream_keys), 2))
 
 
-def keep_mask(keys: Tensor, limits: Tensor, width: int = BLOCK) -> Tensor:
-    """Which elements stay: (blocks, 2) int32 keys and a limit of `keep_limit` -> (blocks, width) bool.
-
-    `limits` is one for all elements, or (blocks, width).
-    """
+def random_bits(keys: Tensor, width: int) -> Tensor:
+    """32 bits for each of the first `width` elements of blocks: (blocks, 2) int32 keys -> (blocks, width) int32."""
     index = torch.arange(width, dtype=torch.int32, device=keys.device)[None, :]
-    bits = _mix(_mix(index ^ keys[:, 0:1]) ^ keys[:, 1:2])
-    return ((bits >> 1) & 0x7FFFFFFF) <= limits
+    return _mix(_mix(index ^ keys[:, 0:1]) ^ keys[:, 1:2])
+
+
+def keep_mask(keys: Tensor, limit: Tensor, width: int = BLOCK) -> Tensor:
+    """Which elements stay: (blocks, 2) int32 keys and a `keep_limit` -> (blocks, width) bool."""
+    return ((random_bits(keys, width) >> 1) & 0x7FFFFFFF) <= limit
 
 
 def keep_limit(density: float) -> int:
     """The limit that 31 random bits do not exceed with probability `density`: -1 for 0, all bits for 1."""
     return min(2**31, max(0, round(density * 2**31))) - 1
-
-
-def keep_limits(densities: NDArray[np.float64]) -> NDArray[np.int32]:
-    """`keep_limit` of many."""
-    return (np.clip(np.rint(densities * 2**31), 0, 2**31) - 1).astype(np.int32)
 
 
 def _mix(bits: Tensor) -> Tensor:

@@ -22,13 +22,15 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import xxhash
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import pad
 
-from streammerge.kernels.contract import BLOCK, Arguments, Grain, Program, Tile, evaluate
+from streammerge.kernels.contract import BLOCK, Arguments, Grain, Program, evaluate
 from streammerge.kernels.library import Library
+from streammerge.kernels.rowsort import sort_rows
 
 # What making packages costs: time of each, and memory of the child and its C++ compiler.
 SECONDS_TO_COMPILE = 9.0
@@ -74,41 +76,25 @@ class Cache:
 
     def load(self, program: Program, signature: Signature, threads: int) -> Run | None:
         """The compiled program, callable from `threads` threads at a time; None if it was never compiled."""
+        library = self._library(program, signature, threads)
+        if library is None:
+            return None
+        if program.orders is None:
+            return _run(library, program)
+        order = self._library(program.orders, signature._replace(out=None), threads)
+        return None if order is None else _run_by_rows(library, program, order, signature)
+
+    def _library(self, program: Program, signature: Signature, threads: int) -> Library | None:
         package = self.package(program, signature)
         if not package.exists():
             return None
         try:
-            library = Library(_unpacked(package), threads)
+            return Library(_unpacked(package), threads)
         except (OSError, zipfile.BadZipFile):
             # Damaged: gone, it is compiled again when that pays, and eager code gives the same bits.
             package.unlink(missing_ok=True)
             package.with_suffix(".so").unlink(missing_ok=True)
             return None
-        names = [argument.name for argument in program.arguments]
-
-        def call(inputs: Sequence[Tensor], out: Tensor | None, starts: Tensor | None, keys: Tensor | None,
-                 arguments: Arguments, prepared: Tensor | None = None) -> Tensor:  # fmt: skip
-            flat = flatten(program, inputs, out, starts, keys, prepared, [arguments[name] for name in names])
-            return library(flat)
-
-        def call_with_rows(inputs: Sequence[Tensor], out: Tensor | None, starts: Tensor | None, keys: Tensor | None,
-                           arguments: Arguments) -> Tensor:  # fmt: skip
-            assert program.prepare is not None
-            values = [stored.to(signature.work) for stored in inputs]
-            base = values.pop(0) if signature.has_base else None
-            prepared = program.prepare(Tile(base, values, starts, keys), arguments)
-            elements = inputs[0].numel()
-            if elements == BLOCK:
-                flat = [stored.view(1, BLOCK) for stored in inputs]
-                return call(flat, None if out is None else out.view(1, BLOCK), starts, keys, arguments, prepared)
-            filled = [pad(stored.reshape(1, -1), (0, BLOCK - elements)) for stored in inputs]
-            place = None if out is None else torch.empty(1, BLOCK, dtype=out.dtype)
-            result = call(filled, place, starts, keys, arguments, pad(prepared, (0, BLOCK - elements), value=-1))
-            if out is not None and place is not None:
-                out.view(-1).copy_(place[0, :elements])
-            return result
-
-        return call if program.prepare is None else call_with_rows
 
     def build(self, wanted: Sequence[tuple[Program, Signature]]) -> str | None:
         """Compile the missing ones in a child process. Returns why it failed, or None."""
@@ -131,6 +117,56 @@ class Cache:
             input=request, env=environment, capture_output=True, check=False,
         )  # fmt: skip
         return None if done.returncode == 0 else (done.stderr.decode().strip().splitlines() or ["no message"])[-1]
+
+
+def _run(library: Library, program: Program) -> Run:
+    def run(inputs: Sequence[Tensor], out: Tensor | None, starts: Tensor | None, keys: Tensor | None,
+            arguments: Arguments) -> Tensor:  # fmt: skip
+        return library(flatten(program, inputs, out, starts, keys, None, arguments))
+
+    return run
+
+
+def _run_by_rows(library: Library, program: Program, order: Library, signature: Signature) -> Run:
+    """A program and the one that orders its rows, as one. A unit is a block, if need be filled up with zeros."""
+    first = program.orders
+    assert first is not None
+    # Blocks that stay with their thread: new ones for every unit would take longest of all.
+    own = threading.local()
+
+    def run(inputs: Sequence[Tensor], out: Tensor | None, starts: Tensor | None, keys: Tensor | None,
+            arguments: Arguments) -> Tensor:  # fmt: skip
+        elements, width = inputs[0].numel(), inputs[0].shape[-1]
+        whole = elements == BLOCK
+        if not whole and not hasattr(own, "inputs"):
+            own.inputs = [torch.empty(1, BLOCK, dtype=dtype) for dtype in signature.inputs]
+            own.out = None if signature.out is None else torch.empty(1, BLOCK, dtype=signature.out)
+        blocks = [stored.view(1, BLOCK) for stored in inputs] if whole else own.inputs
+        place = out.view(1, BLOCK) if out is not None and whole else None if out is None else own.out
+        if not whole:
+            for block, stored in zip(blocks, inputs, strict=True):
+                _fill(block, stored)
+        with order.lend(flatten(first, blocks, None, starts, keys, None, arguments)) as ordered:
+            sort_rows(ordered, width)
+            result = library(flatten(program, blocks, place, starts, keys, ordered, arguments))
+        if out is not None and not whole:
+            _bytes(out)[:] = _bytes(own.out)[: out.nbytes]
+        return result
+
+    return run
+
+
+def _fill(block: Tensor, stored: Tensor) -> None:
+    """Copy `stored` to the beginning of a block, and zeros to its end."""
+    bytes_ = _bytes(block)
+    bytes_[: stored.nbytes] = _bytes(stored)
+    bytes_[stored.nbytes :] = 0
+
+
+def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
+    # Through numpy: torch would let the other threads in for each little copy, and wait for them.
+    found: NDArray[np.uint8] = tensor.view(-1).view(torch.uint8).numpy()
+    return found
 
 
 def _unpacked(package: Path) -> Path:
@@ -160,7 +196,7 @@ def compiler_missing() -> str | None:
 
 def can_be_compiled(program: Program, grain: Grain) -> bool:
     """Whether a program is of blocks, or sees its rows beforehand and then a block at most."""
-    return grain.width is None or (program.prepare is not None and grain.unit <= BLOCK)
+    return grain.width is None or (program.orders is not None and grain.unit <= BLOCK)
 
 
 @cache
@@ -178,7 +214,7 @@ def _environment() -> str:
 
 
 def flatten(program: Program, inputs: Sequence[Tensor], out: Tensor | None, starts: Tensor | None,
-             keys: Tensor | None, prepared: Tensor | None, arguments: Sequence[Tensor]) -> list[Tensor]:  # fmt: skip
+             keys: Tensor | None, ordered: Tensor | None, arguments: Arguments) -> list[Tensor]:  # fmt: skip
     """The inputs of a compiled program in their fixed order."""
     flat = [*inputs]
     if out is not None:
@@ -189,7 +225,7 @@ def flatten(program: Program, inputs: Sequence[Tensor], out: Tensor | None, star
     if program.needs_keys:
         assert keys is not None
         flat.append(keys)
-    if program.prepare is not None:
-        assert prepared is not None
-        flat.append(prepared)
-    return flat + list(arguments)
+    if program.orders is not None:
+        assert ordered is not None
+        flat.append(ordered)
+    return flat + [arguments[argument.name] for argument in program.arguments]

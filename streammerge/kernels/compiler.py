@@ -31,9 +31,9 @@ class _Flat(torch.nn.Module):
         out = rest.pop(0) if signature.out is not None else None
         starts = rest.pop(0) if program.needs_starts else None
         keys = rest.pop(0) if program.needs_keys else None
-        prepared = rest.pop(0) if program.prepare is not None else None
+        ordered = rest.pop(0) if program.orders is not None else None
         arguments = {argument.name: rest.pop(0) for argument in program.arguments}
-        return evaluate(program, signature.work, inputs, signature.has_base, out, starts, keys, arguments, prepared)
+        return evaluate(program, signature.work, inputs, signature.has_base, out, starts, keys, arguments, ordered)
 
 
 def _example(program: Program, signature: Signature) -> list[Tensor]:
@@ -45,8 +45,11 @@ def _example(program: Program, signature: Signature) -> list[Tensor]:
         None if signature.out is None else torch.zeros(blocks, BLOCK, dtype=signature.out),
         torch.zeros(blocks, 1, dtype=torch.int64),
         torch.zeros(blocks, signature.models, 2, dtype=torch.int32),
-        torch.zeros(blocks, signature.models, BLOCK, dtype=torch.int32),
-        [torch.zeros(s, dtype=a.dtype or signature.work) for s, a in zip(sizes, program.arguments, strict=True)],
+        torch.zeros(blocks, signature.models, BLOCK, dtype=signature.work),
+        {
+            a.name: torch.zeros(s, dtype=a.dtype or signature.work)
+            for s, a in zip(sizes, program.arguments, strict=True)
+        },
     )
 
 
@@ -56,6 +59,7 @@ def compile_program(program: Program, signature: Signature, package: Path) -> No
     blocks = torch.export.Dim("blocks", min=1, max=1 << 20)
     tiles = len(flat) - len(program.arguments)
     shapes = tuple({0: blocks} if i < tiles else None for i in range(len(flat)))
+    torch._inductor.config.assert_indirect_indexing = False
     exported = torch.export.export(_Flat(program, signature), (tuple(flat),), dynamic_shapes=(shapes,))
     partial = package.with_name(f"{package.stem}.{os.getpid()}.pt2")
     torch._inductor.aoti_compile_and_package(exported, package_path=str(partial))

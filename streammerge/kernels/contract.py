@@ -21,6 +21,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from streammerge.kernels.rowsort import sort_rows
+
 BLOCK = 65536
 
 Arguments = Mapping[str, Tensor]
@@ -56,14 +58,14 @@ class Tile(NamedTuple):
 
     `starts` (blocks, 1) int64 is the index in the tensor of each block's first element; `keys` (blocks, models, 2)
     int32 are the keys of the random bits, or, when these come one after the other, (blocks, models, BLOCK) float32 are
-    random numbers. They are None unless the program asks for them. `prepared` is what its `prepare` made of the rows.
+    random numbers. They are None unless the program asks for them. `ordered` is what its `orders` made of the rows.
     """
 
     base: Tensor | None
     models: Sequence[Tensor]
     starts: Tensor | None
     keys: Tensor | None
-    prepared: Tensor | None = None
+    ordered: Tensor | None = None
 
     def deltas(self) -> list[Tensor]:
         """Each model minus the base."""
@@ -98,9 +100,9 @@ class Program:
     merges: bool = False
     needs_starts: bool = False
     needs_keys: bool = False
-    # Made of whole rows beforehand, eagerly: (1, models, elements), a number for each entry of every model. The rest of
-    # the program then sees no rows any more, and can be compiled.
-    prepare: Callable[[Tile, Arguments], Tensor] | None = None
+    # For a program by rows: another one is run first, and its result (blocks, models, BLOCK), with every row sorted, is
+    # in the tile. Neither program sees the rows themselves then, and both can be compiled.
+    orders: Program | None = None
     # What eager code costs per element and model on one thread; compiled takes about half a nanosecond. Decides only
     # whether compiling pays.
     eager_ns: float = 2.0
@@ -259,16 +261,16 @@ def _name(function: Callable[..., Any]) -> str:
 
 def evaluate(program: Program, work: torch.dtype, inputs: Sequence[Tensor], has_base: bool, out: Tensor | None,
              starts: Tensor | None, keys: Tensor | None, arguments: Arguments,
-             prepared: Tensor | None = None) -> Tensor:  # fmt: skip
+             ordered: Tensor | None = None) -> Tensor:  # fmt: skip
     """Run a program on stored inputs of any float dtype, each in the shape of the tile; base first if `has_base`.
 
     A merging program writes `out`, rounding once (to nearest, ties to even), and returns per block or row 0, or NaN
     when an input or the result is not finite. Others return their partial results.
     """
     values = [stored.to(work) for stored in inputs]
-    tile = Tile(values[0] if has_base else None, values[has_base:], starts, keys, prepared)
-    if program.prepare is not None and prepared is None:
-        tile = tile._replace(prepared=program.prepare(tile, arguments))
+    tile = Tile(values[0] if has_base else None, values[has_base:], starts, keys, ordered)
+    if program.orders is not None and ordered is None:
+        tile = tile._replace(ordered=sort_rows(program.orders(tile, arguments), inputs[0].shape[-1]))
     result = program(tile, arguments)
     if out is None:
         return result

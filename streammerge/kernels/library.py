@@ -2,13 +2,14 @@
 
 torch's own loader holds Python's lock while a program runs, so that two threads take turns (2.7 ms a call on one
 thread, 2.6 on two, torch 2.13.0, 2026-11-24). ctypes lets the lock go. Tensors are handed over as views of their
-memory; what comes back, a few numbers per block, is copied.
+memory; what comes back is copied, or lent.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,12 @@ class Library:
 
     def __call__(self, flat: Sequence[Tensor]) -> Tensor:
         """The first result of the program, in memory of its own. Tensors are in the order it was exported with."""
+        with self.lend(flat) as result:
+            return result.clone()
+
+    @contextmanager
+    def lend(self, flat: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The same in the program's memory, which is gone afterwards."""
         torch_ = _torch()
         handles, results = (ctypes.c_void_p * len(flat))(), (ctypes.c_void_p * self._outputs)()
         for i, tensor in enumerate(flat):
@@ -49,10 +56,11 @@ class Library:
         )
         if failed:
             raise RuntimeError("a compiled program failed")
-        found: Tensor = torch_.copy(results[0])
-        for result in results:
-            torch_.delete(result)
-        return found
+        try:
+            yield torch_.tensor(results[0])
+        finally:
+            for result in results:
+                torch_.delete(result)
 
 
 class _Torch:
@@ -77,8 +85,8 @@ class _Torch:
             raise RuntimeError("torch made no view of a tensor")
         return handle.value
 
-    def copy(self, handle: int) -> Tensor:
-        """A tensor with the numbers behind a handle."""
+    def tensor(self, handle: int) -> Tensor:
+        """The numbers behind a handle, where they lie."""
         rank, code = ctypes.c_int64(), ctypes.c_int32()
         sizes, strides, data = _Int64s(), _Int64s(), ctypes.c_void_p()
         tensor = ctypes.c_void_p(handle)
@@ -91,7 +99,7 @@ class _Torch:
         shape, steps = sizes[: rank.value], strides[: rank.value]
         extent = 1 + sum((size - 1) * step for size, step in zip(shape, steps, strict=True))
         assert data.value is not None
-        memory = bytearray(ctypes.string_at(data.value, extent * dtype.itemsize))
+        memory = (ctypes.c_char * (extent * dtype.itemsize)).from_address(data.value)
         return torch.frombuffer(memory, dtype=dtype).as_strided(shape, steps)
 
     def delete(self, handle: int) -> None:

@@ -15,12 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from streammerge.kernels.chance import keep_limit, keep_limits, keep_mask
-from streammerge.kernels.contract import Argument, Arguments, Param, Problem, Scope, Settings, Surveying, Tile
+from streammerge.kernels.chance import keep_limit, keep_mask
+from streammerge.kernels.contract import Argument, Arguments, Param, Problem, Program, Scope, Settings, Surveying, Tile
 from streammerge.kernels.cut import (
     CUT_ARGUMENTS,
     MAGNITUDES,
@@ -34,19 +33,28 @@ from streammerge.kernels.cut import (
     magnitude,
 )
 from streammerge.kernels.groupcut import group_cuts
-from streammerge.kernels.rank import by_rank
+from streammerge.kernels.rank import RANK_ARGUMENTS, UPWARDS, Chances, rank_arguments, ranked, stays
 from streammerge.kernels.select import masked
 
 Sparsifier = Literal["none", "magnitude", "outliers", "random", "sequential", "ranked"]
 
 
 class Needs(NamedTuple):
-    """What programs need for a sparsifier, and the quantity that is ranked over the whole tensor."""
+    """What programs need for a sparsifier, and what is ranked: over the whole tensor, or in rows."""
 
     arguments: tuple[Argument, ...] = ()
     starts: bool = False
     keys: bool = False
     cuts: Quantity | None = None
+    order: Program | None = None
+
+
+def _ranked_deltas(tile: Tile, arguments: Arguments) -> Tensor:
+    """(blocks, models, BLOCK), or by rows (rows, models, width): what is ranked."""
+    return torch.stack([ranked(magnitude(delta), arguments, i) for i, delta in enumerate(tile.deltas())], 1)
+
+
+_RANKED_DELTAS = Program(_ranked_deltas, (UPWARDS,), eager_ns=6)
 
 
 _TWO_CUTS = replace(MAGNITUDES, searches=2, eager_ns=2 * MAGNITUDES.eager_ns)
@@ -59,7 +67,7 @@ NEEDS: dict[Sparsifier, Needs] = {
     "outliers": Needs((*CUT_ARGUMENTS, *_TOP_ARGUMENTS), starts=True, cuts=_TWO_CUTS),
     "random": Needs((Argument("limit", dtype=torch.int32),), keys=True),
     "sequential": Needs((Argument("share", dtype=torch.float32),), keys=True),
-    "ranked": Needs(keys=True),
+    "ranked": Needs(RANK_ARGUMENTS, keys=True, order=_RANKED_DELTAS),
 }
 
 SCOPE = Param(
@@ -169,7 +177,11 @@ def measured(problem: Problem, sparsifier: Sparsifier) -> Looking[dict[str, Tens
         return {"share": torch.tensor(shares, dtype=settings.sequential).to(torch.float32)}
     if sparsifier == "random":
         return {"limit": torch.tensor([keep_limit(density) for density in densities], dtype=torch.int32)}
-    return {"limits": _rank_limits(problem, densities, settings.numbers("epsilon"))}
+    chances = [
+        Chances(density - epsilon, density + epsilon) if 0 < density < 1 else Chances(density, density)
+        for density, epsilon in zip(densities, settings.numbers("epsilon"), strict=True)
+    ]
+    return rank_arguments(chances, problem.grain, problem.work)
 
 
 def sparse(tile: Tile, arguments: Arguments, sparsifier: Sparsifier) -> list[Tensor]:
@@ -177,8 +189,8 @@ def sparse(tile: Tile, arguments: Arguments, sparsifier: Sparsifier) -> list[Ten
     deltas = tile.deltas()
     if sparsifier == "none":
         return deltas
-    stays = _STAYS[sparsifier]
-    return [masked(stays(tile, arguments, delta, i), delta) for i, delta in enumerate(deltas)]
+    mask = _MASKS[sparsifier]
+    return [masked(mask(tile, arguments, delta, i), delta) for i, delta in enumerate(deltas)]
 
 
 def _under_cut(tile: Tile, arguments: Arguments, delta: Tensor, i: int) -> Tensor:
@@ -203,36 +215,18 @@ def _drawn_in_turn(tile: Tile, arguments: Arguments, delta: Tensor, i: int) -> T
     return tile.keys[:, i] < arguments["share"][i]
 
 
-def limits_by_rank(tile: Tile, arguments: Arguments) -> Tensor:
-    """(1, models, elements): the keep limit of every entry, for its rank in its row."""
-    limits = [by_rank(magnitude(delta), arguments["limits"][i]) for i, delta in enumerate(tile.deltas())]
-    return torch.stack([limit.reshape(-1) for limit in limits])[None]
-
-
 def _drawn_by_rank(tile: Tile, arguments: Arguments, delta: Tensor, i: int) -> Tensor:
     assert tile.keys is not None
-    assert tile.prepared is not None
-    limits = tile.prepared[:, i]
-    return keep_mask(tile.keys[:, i], limits, limits.shape[-1]).view(delta.shape)
+    assert tile.ordered is not None
+    units = tile.keys.shape[0]
+    numbers = ranked(magnitude(delta), arguments, i).reshape(units, -1)
+    return stays(numbers, tile.ordered[:, i].reshape(units, -1), tile.keys[:, i], arguments, i).view(delta.shape)
 
 
-_STAYS: dict[Sparsifier, Callable[[Tile, Arguments, Tensor, int], Tensor]] = {
+_MASKS: dict[Sparsifier, Callable[[Tile, Arguments, Tensor, int], Tensor]] = {
     "magnitude": _under_cut,
     "outliers": _between_cuts,
     "random": _drawn,
     "sequential": _drawn_in_turn,
     "ranked": _drawn_by_rank,
 }
-
-
-def _rank_limits(problem: Problem, densities: Sequence[float], epsilons: Sequence[float]) -> Tensor:
-    """(models, width): keep limits of the ranks of a row, the largest entry first."""
-    width = problem.grain.width
-    assert width is not None
-    # The share of smaller entries in the row; a row of one entry has the density.
-    smaller = np.arange(width - 1, -1, -1) / (width - 1) if width > 1 else np.full(1, 0.5)
-    chances = [
-        density - epsilon + 2 * epsilon * smaller if 0 < density < 1 else np.full(width, float(density > 0))
-        for density, epsilon in zip(densities, epsilons, strict=True)
-    ]
-    return torch.from_numpy(keep_limits(np.stack(chances)))

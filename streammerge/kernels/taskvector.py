@@ -39,7 +39,6 @@ from streammerge.kernels.sparsify import (
     Sparsifier,
     check,
     cut_survey,
-    limits_by_rank,
     measured,
     scope_of,
     sparse,
@@ -203,7 +202,7 @@ def _merging(sparsifier: Sparsifier, election: bool, normalize: bool) -> Program
         merges=True,
         needs_starts=NEEDS[sparsifier].starts,
         needs_keys=NEEDS[sparsifier].keys,
-        prepare=limits_by_rank if sparsifier == "ranked" else None,
+        orders=NEEDS[sparsifier].order,
         eager_ns=22 if election or sparsifier != "none" else 4,
     )
 
@@ -215,7 +214,7 @@ def _weighing(sparsifier: Sparsifier) -> Program:
         (("sparsifier", sparsifier),),
         needs_starts=NEEDS[sparsifier].starts,
         needs_keys=NEEDS[sparsifier].keys,
-        prepare=limits_by_rank if sparsifier == "ranked" else None,
+        orders=NEEDS[sparsifier].order,
         eager_ns=18,
     )
 

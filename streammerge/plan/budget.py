@@ -35,6 +35,8 @@ _WORK_PER_MODEL = 2 * MIB
 # Random numbers in mergekit's order, of the tiles in work.
 _DRAWS = 96 * MIB
 _MOST_DIRTY, _LEAST_DIRTY = 256 * MIB, 16 * MIB
+# The interpreter and torch take some MB more or less each time they are started: a budget we name has room for that.
+_BASELINE_VARIES = 8 * MIB
 
 
 @dataclass(frozen=True)
@@ -106,13 +108,14 @@ def make_schedule(plan: Plan, *, limit_bytes: int, limited_by: str, allowed: boo
 
     if room < fewest:
         least_dirty = min(_LEAST_DIRTY, dirty)
-        smallest = _smallest_limit(baseline_bytes + work + least_dirty + fewest)
-        if smallest > limit_bytes:
+        need = baseline_bytes + work + least_dirty + fewest
+        if _smallest_limit(need) > limit_bytes:
+            works = _smallest_limit(need + _BASELINE_VARIES)
             raise DoesNotFit(
                 f"{format_size(limit_bytes)} of memory ({limited_by}) is too little for this merge: the interpreter "
                 f"and torch take {format_size(baseline_bytes)}, arithmetic on {threads} threads "
                 f"{format_size(work)}, the smallest buffers {format_size(fewest)}, besides a "
-                f"reserve. The smallest budget that works is {-(-smallest // 1_000_000)}MB."
+                f"reserve. The smallest budget that works is {-(-works // 1_000_000)}MB."
             )
         dirty = least_dirty
         room = limit_bytes - _reserve(limit_bytes) - (baseline_bytes + work + dirty)

@@ -25,7 +25,7 @@ from streammerge.plan.tensor import UNWRITTEN, TensorPlan, work_of
 from streammerge.storage.checkpoint import Checkpoint
 
 # Raised when a change alters the bytes of an output.
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,9 @@ def programs_of(tensors: Sequence[TensorPlan]) -> dict[tuple[Program, Signature]
             for pair in used:
                 if not can_be_compiled(pair[0], grain):
                     continue
-                counts[pair] = counts.get(pair, 0) + tensor.elements * look.models
+                orders = pair[0].orders
+                for each in (pair,) if orders is None else (pair, (orders, look)):
+                    counts[each] = counts.get(each, 0) + tensor.elements * look.models
     return counts
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from dataclasses import dataclass
@@ -82,9 +83,15 @@ def _read_limit(file: Path) -> list[int]:
 
 
 class Meter:
-    """Watches the memory of this process from a thread of its own, five times a second."""
+    """Watches the memory of this process, and gives back what is freed, from a thread of its own, ten times a second.
+
+    glibc keeps freed memory, and for torch it keeps asking for more: aligned blocks do not fit where one of their size
+    was freed. DELLA's peak was 750 MB, of which it had freed 390 (glibc 2.36, torch 2.13.0, 2026-11-24).
+    """
 
     def __init__(self) -> None:
+        # Only glibc has it.
+        self._give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
         self.peak_own = 0
         self.now_own = 0
         self._stop = threading.Event()
@@ -103,8 +110,10 @@ class Meter:
         self._sample()
 
     def _watch(self) -> None:
-        while not self._stop.wait(0.2):
+        while not self._stop.wait(0.1):
             self._sample()
+            if self._give_back is not None:
+                self._give_back(0)
 
     def _sample(self) -> None:
         self.now_own = usage().own

@@ -548,19 +548,25 @@ def _crumbs(given: Given, i: int) -> NDArray[np.bool_]:
 
 
 def _drawn_by_rank(given: Given, i: int) -> NDArray[np.bool_]:
-    """Rank r of the m of a row, 1 for the smallest: kept with probability density − ε + 2ε (r − 1)/(m − 1)."""
+    """The entry with r smaller ones of the m of a row draws u, and stays if r ≥ (u − density + ε) (m − 1) / 2ε.
+
+    Of equal ones all have the least r among them, or all the largest, by the lowest random bit of each.
+    """
     delta, density, epsilon = given.deltas()[i], given.numbers("density")[i], given.numbers("epsilon")[i]
     if density >= 1 or density <= 0:
         return np.full(len(delta), density >= 1)
     sizes = given.rows(np.abs(delta).astype(given.work))
-    rows, m = sizes.shape
-    downwards = np.argsort(-np.where(np.isnan(sizes), np.inf, sizes), axis=-1, kind="stable")
-    rank = m - np.argsort(downwards, axis=-1)
-    probability = density - epsilon + 2 * epsilon * (rank - 1) / (m - 1) if m > 1 else np.full((rows, m), density)
+    sizes = np.where(np.isnan(sizes), np.inf, sizes) * (1 if epsilon >= 0 else -1)
+    m = sizes.shape[1]
     # The bits belong to a place in a unit: as many rows as 65,536 elements hold, and at least one.
-    unit = max(1, BLOCK // m) * m
-    bits = random_bits(given.seed, given.name, i, len(delta), unit)
-    return (bits >> np.uint32(1)).astype(np.int64) < np.rint(probability.reshape(-1) * 2.0**31)
+    bits = random_bits(given.seed, given.name, i, len(delta), max(1, BLOCK // m) * m)
+    u = (bits >> np.uint32(1)).astype(np.float32) * np.float32(2.0**-31)
+    if epsilon == 0 or m == 1:
+        return u <= np.float32(density)
+    least = np.concatenate([np.searchsorted(np.sort(row), row, "left") for row in sizes])
+    largest = np.concatenate([np.searchsorted(np.sort(row), row, "right") - 1 for row in sizes])
+    r = np.where(bits & np.uint32(1), largest, least)
+    return r >= (u - np.float32(density - abs(epsilon))) * np.float32((m - 1) / (2 * abs(epsilon)))
 
 
 def _lines(given: Given) -> float:

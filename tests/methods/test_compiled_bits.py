@@ -186,7 +186,7 @@ def test_a_compiled_merge_writes_the_file_of_an_eager_one(
     assert (tmp_path / "compiled" / file).read_bytes() == (tmp_path / "eager" / file).read_bytes()
 
 
-BY_ROWS = [name for name, method in FORMS.items() if method.program(suite_work(name).settings).prepare is not None]
+BY_ROWS = [name for name, method in FORMS.items() if method.program(suite_work(name).settings).orders is not None]
 
 
 @pytest.mark.parametrize("name", BY_ROWS)
