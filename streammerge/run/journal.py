@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from streammerge.storage.lines import checked_line, read_lines
+from streammerge.storage.local import sync_directory
 from streammerge.storage.sink import translate
 
 WORK_FOLDER = ".streammerge"
@@ -42,6 +43,7 @@ class Journal:
             sound = self._read(content)
             os.ftruncate(self._descriptor, sound)
             os.lseek(self._descriptor, sound, os.SEEK_SET)
+            sync_directory(path.parent)
         except OSError as error:
             raise translate(path, error) from error
 

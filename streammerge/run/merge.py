@@ -48,7 +48,6 @@ from streammerge.run.sidefiles import (
 )
 from streammerge.run.survey import SurveyBook, survey
 from streammerge.storage.checkpoint import open_checkpoint
-from streammerge.storage.local import sync_directory
 from streammerge.storage.sink import Shard, free_bytes, partial_path, write_file
 from streammerge.storage.source import Source
 
@@ -300,7 +299,6 @@ def _publish_rest(plan: Plan, out: Path, journal: Journal) -> None:
     write_file(out / MANIFEST_NAME, manifest(plan, journal.done, files | dict([index] if index else [])))
     if index is not None:
         write_file(out / index[0], index[1])
-    sync_directory(out)
     finish(out)
 
 

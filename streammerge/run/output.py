@@ -20,6 +20,7 @@ from streammerge.base.errors import OutputError
 from streammerge.plan.plan import Plan
 from streammerge.run.journal import WORK_FOLDER, Done, Journal
 from streammerge.storage.checkpoint import Checkpoint
+from streammerge.storage.local import sync_directory
 from streammerge.storage.sink import PARTIAL_SUFFIX, partial_path, translate, write_file
 
 MANIFEST_NAME = "streammerge.manifest.json"
@@ -68,7 +69,7 @@ def claim(out: Path, plan: Plan, files: Sequence[str], *, restart: bool) -> Iter
     work = out / WORK_FOLDER
     _check_free(out, work, plan)
     try:
-        work.mkdir(parents=True, exist_ok=True)
+        _make_folders(work)
     except OSError as error:
         raise translate(out, error) from error
     with _locked(out, work):
@@ -81,6 +82,15 @@ def claim(out: Path, plan: Plan, files: Sequence[str], *, restart: bool) -> Iter
             content = {"digest": plan.digest, "facts": plan.facts, "files": files}
             write_file(record, json.dumps(content, indent=1).encode())
         yield work
+
+
+def _make_folders(folder: Path) -> None:
+    """Make a folder and those it is in, so that they are there after a power cut."""
+    if folder.is_dir():
+        return
+    _make_folders(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_directory(folder.parent)
 
 
 @contextmanager

@@ -64,13 +64,22 @@ def allocate(descriptor: int, size: int) -> None:
     Raises OSError (ENOSPC, EDQUOT) when there is no room.
     """
     if _libc is not None:
-        # os.posix_fallocate would write zeros where fallocate is missing: minutes, for a shard.
-        if _libc.fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)) == 0:
+        try:
+            fallocate(descriptor, size)
             return
-        code = ctypes.get_errno()
-        if code not in (errno.EOPNOTSUPP, errno.ENOSYS):
-            raise OSError(code, os.strerror(code))
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
     os.ftruncate(descriptor, size)
+
+
+def fallocate(descriptor: int, size: int) -> None:
+    """fallocate(2), which os.posix_fallocate is not: that writes zeros where it is missing, minutes for a shard."""
+    assert _libc is not None
+    while _libc.fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)) != 0:
+        code = ctypes.get_errno()
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
 
 
 def drop_cached(descriptor: int, offset: int, length: int) -> None:

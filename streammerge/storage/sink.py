@@ -81,6 +81,8 @@ class Shard:
         try:
             allocate(descriptor, size)
             _write_at(descriptor, UNFINISHED + self._header[LENGTH_BYTES:], 0)
+            # What the journal will say of this file counts only where its name is.
+            sync_directory(self._partial.parent)
         except OSError:
             os.close(descriptor)
             self._partial.unlink()
@@ -113,6 +115,7 @@ def write_file(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(descriptor)
         partial.rename(path)
+        sync_directory(path.parent)
     except OSError as error:
         raise translate(path, error) from error
 
