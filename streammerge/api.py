@@ -68,6 +68,8 @@ def merge(
     restart: bool = False,
     strict: bool = False,
     rng: Literal["position", "mergekit"] = "position",
+    verify_inputs: bool = False,
+    verify_output: bool = False,
     note: Callable[[str], None] | None = None,
 ) -> Report:
     """Merge `recipe` into the directory `out`, going on where an earlier run stopped.
@@ -75,7 +77,7 @@ def merge(
     Sizes are bytes or text like "24GB". `note` is called with what the user should know. Raises StreamMergeError.
     """
     options = Options(_size(max_memory), _size(max_gpu_memory), device, threads, _shard_size(out_shard_size), compile,
-                      seed, restart, strict, rng)  # fmt: skip
+                      seed, restart, strict, rng, verify_inputs, verify_output)  # fmt: skip
     path = Path(recipe)
     if load_recipe(path, strict=strict).is_analysed:
         from streammerge.study.analysis import analysis_folder, decided_for_merge, decided_path

@@ -88,6 +88,13 @@ def merge(
         typer.Option("--rng", help="What DARE draws: bits by position, or the numbers mergekit draws for that seed."),
     ] = "position",
     restart: Annotated[bool, typer.Option("--restart", help="Throw away unfinished work in OUT first.")] = False,
+    verify_inputs: Annotated[
+        bool,
+        typer.Option("--verify-inputs", help="First compare inputs with the checksums of their manifest or download."),
+    ] = False,
+    verify_output: Annotated[
+        bool, typer.Option("--verify-output", help="At the end read OUT again, from the disk, as verify does.")
+    ] = False,
     spill: Spill = None,
     strict: Strict = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only notes and errors.")] = False,
@@ -101,7 +108,7 @@ def merge(
     with _terminal(quiet=quiet, as_json=as_json, log=log) as terminal:
         device = "cuda" if cuda else device
         options = _options(max_memory, max_gpu_memory, device, out_shard_size, threads, compile_, seed, restart, strict)
-        options = replace(options, rng=rng)
+        options = replace(options, rng=rng, verify_inputs=verify_inputs, verify_output=verify_output)
         from streammerge import report
         from streammerge.run.merge import merge as run_merge
 

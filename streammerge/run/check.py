@@ -1,18 +1,24 @@
-"""`streammerge verify`: reads a finished output again and compares every byte with the manifest's checksums."""
+"""Reading again what was written, or what will be merged, and comparing every byte with the checksums there are."""
 
 from __future__ import annotations
 
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
-from streammerge.base.errors import InputError
+from streammerge.base.errors import InputError, VerificationFailed
 from streammerge.run.manifest import read_manifest
-from streammerge.storage.checkpoint import INDEX_NAME, open_file
+from streammerge.run.output import MANIFEST_NAME
+from streammerge.storage.checkpoint import INDEX_NAME, Checkpoint, open_file
 from streammerge.storage.source import hash_range
 
 _BUFFER = 8 << 20
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -26,33 +32,9 @@ class Verdict:
 
 
 def verify(out: Path) -> Verdict:
-    """Check the output in `out`. Raises InputError when it has no usable manifest."""
+    """Check the output in `out`, reading from the disk. Raises InputError when it has no usable manifest."""
     content = read_manifest(out)
-    problems: list[str] = []
-    buffer = bytearray(_BUFFER)
-    expected = dict(content["tensors"])
-    tensors = nbytes = 0
-    for name, shard in content["shards"].items():
-        path = out / name
-        try:
-            header, status = open_file(path)
-        except InputError as error:
-            problems.append(str(error))
-            continue
-        if header.digest != shard.get("header"):
-            problems.append(f"{path}: its header is not the one that was written.")
-        nbytes += status.st_size
-        for entry in header.entries:
-            hashing = xxhash.xxh3_128()
-            try:
-                hash_range(path, entry.start, entry.nbytes, hashing.update, buffer)
-            except InputError as error:
-                problems.append(f"{error} (tensor {entry.name})")
-            tensors += 1
-            checksum = expected.pop(entry.name, None)
-            if checksum != hashing.hexdigest():
-                problems.append(f"{path}: tensor {entry.name} differs from what was written.")
-    problems += [f"{out}: tensor {name} is missing." for name in expected]
+    tensors, nbytes, problems = _check_shards(out, content, list(content["shards"]))
     for name, checksum in content["files"].items():
         path = out / name
         if not path.is_file():
@@ -65,3 +47,75 @@ def verify(out: Path) -> Verdict:
     if len(content["shards"]) > 1 and INDEX_NAME not in content["files"]:
         problems.append(f"{out}: the manifest does not know {INDEX_NAME}; it is not complete.")
     return Verdict(tensors, len(content["shards"]) + len(content["files"]), nbytes, tuple(problems))
+
+
+def verify_inputs(checkpoints: Sequence[Checkpoint], note: Callable[[str], None]) -> None:
+    """Compare the weights of inputs with the checksums there are: our own manifest, or the Hub's in its download cache.
+
+    Raises VerificationFailed with all that differs; tells which inputs have no checksums.
+    """
+    problems: list[str] = []
+    for checkpoint in checkpoints:
+        names = [file.name for file in checkpoint.files]
+        if (checkpoint.directory / MANIFEST_NAME).is_file():
+            content = read_manifest(checkpoint.directory)
+            unknown = [name for name in names if name not in content["shards"]]
+            known = [name for name in names if name in content["shards"]]
+            problems += _check_shards(checkpoint.directory, content, known)[2]
+        else:
+            blobs = {name: _blob_checksum(checkpoint.directory / name) for name in names}
+            unknown = [name for name, checksum in blobs.items() if checksum is None]
+            problems += [
+                f"{checkpoint.directory / name}: is not what was downloaded: its SHA-256 differs. Download it again."
+                for name, checksum in blobs.items()
+                if checksum is not None and _sha256(checkpoint.directory / name) != checksum
+            ]
+        if unknown:
+            listed = "" if len(unknown) == len(names) else f": {', '.join(unknown[:5])}"
+            note(f"{checkpoint.path}: has no checksums to verify it by{listed}")
+    if problems:
+        raise VerificationFailed("\n".join(problems))
+
+
+def _check_shards(out: Path, content: Mapping[str, Any], names: Sequence[str]) -> tuple[int, int, list[str]]:
+    """Compare these shards of an output with its manifest: tensors, bytes, and what is wrong."""
+    problems: list[str] = []
+    buffer = bytearray(_BUFFER)
+    every = len(names) == len(content["shards"])
+    expected = dict(content["tensors"])
+    tensors = nbytes = 0
+    for name in names:
+        path = out / name
+        try:
+            header, status = open_file(path)
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        if header.digest != content["shards"][name].get("header"):
+            problems.append(f"{path}: its header is not the one that was written.")
+        nbytes += status.st_size
+        for entry in header.entries:
+            hashing = xxhash.xxh3_128()
+            try:
+                hash_range(path, entry.start, entry.nbytes, hashing.update, buffer)
+            except InputError as error:
+                problems.append(f"{error} (tensor {entry.name})")
+            tensors += 1
+            checksum = expected.pop(entry.name, None)
+            if checksum != hashing.hexdigest():
+                problems.append(f"{path}: tensor {entry.name} differs from what was written.")
+    if every:
+        problems += [f"{out}: tensor {name} is missing." for name in expected]
+    return tensors, nbytes, problems
+
+
+def _blob_checksum(path: Path) -> str | None:
+    """The SHA-256 that the Hub's download cache has a large file under: its blob's name. None for any other file."""
+    name = path.resolve().name if path.is_symlink() else ""
+    return name if _SHA256.fullmatch(name) else None
+
+
+def _sha256(path: Path) -> str:
+    hashing = hashlib.sha256()
+    hash_range(path, 0, path.stat().st_size, hashing.update, bytearray(_BUFFER))
+    return hashing.hexdigest()

@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from streammerge.base.errors import DoesNotFit, InputError, RecipeError, Stopped, UserError
+from streammerge.base.errors import DoesNotFit, InputError, RecipeError, Stopped, UserError, VerificationFailed
 from streammerge.base.units import format_size
 from streammerge.kernels.compiled import Cache, Run, Signature
 from streammerge.kernels.contract import Program
@@ -27,6 +27,7 @@ from streammerge.plan.plan import Plan, build_plan
 from streammerge.plan.recipe import Recipe, load_recipe, resolve_model
 from streammerge.plan.tensor import TensorPlan
 from streammerge.run.arena import Arena
+from streammerge.run.check import verify, verify_inputs
 from streammerge.run.compiling import Compile, consider
 from streammerge.run.engine import Engine
 from streammerge.run.estimate import estimate_seconds
@@ -66,6 +67,8 @@ class Options:
     restart: bool = False
     strict: bool = False
     rng: Literal["position", "mergekit"] = "position"
+    verify_inputs: bool = False
+    verify_output: bool = False
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,8 @@ def merge(recipe_path: Path, out: Path, options: Options, observer: Observer) ->
         observer.note(f"{file}: is larger than a side file should be, and is not copied")
     check_apart(out, plan.checkpoints)
     if finished_digest(out) == plan.digest:
+        if options.verify_output:
+            _verify_output(out)
         return _finished_before(plan, out)
     device = choose_device(options.device)
     if plan.draws_in_turn and device.type != "cpu":
@@ -189,6 +194,8 @@ def merge(recipe_path: Path, out: Path, options: Options, observer: Observer) ->
     check_disk(plan, out)
     # Written last, read now too: what is wrong with them is said before the work.
     side_files(plan)
+    if options.verify_inputs:
+        verify_inputs(plan.checkpoints, observer.note)
     with ExitStack() as stack:
         stopping = stack.enter_context(stop_signals())
         work = stack.enter_context(claim(out, plan, _file_names(plan), restart=options.restart))
@@ -208,6 +215,8 @@ def merge(recipe_path: Path, out: Path, options: Options, observer: Observer) ->
         )
         _publish_rest(plan, out, journal)
         engine_seconds = time.perf_counter() - compiled
+    if options.verify_output:
+        _verify_output(out)
     return Report(
         out=out,
         digest=plan.digest,
@@ -300,6 +309,12 @@ def _publish_rest(plan: Plan, out: Path, journal: Journal) -> None:
     if index is not None:
         write_file(out / index[0], index[1])
     finish(out)
+
+
+def _verify_output(out: Path) -> None:
+    """Read OUT again from the disk. Raises VerificationFailed."""
+    if problems := verify(out).problems:
+        raise VerificationFailed("\n".join((*problems, "The disk, or what lies before it, is not to be trusted.")))
 
 
 def _file_names(plan: Plan) -> list[str]:

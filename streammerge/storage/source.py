@@ -18,6 +18,9 @@ from streammerge.storage.local import DIRECT_ALIGNMENT, RWF_DONTCACHE, Mode, dro
 
 _BOUNCE_BYTES = 8 << 20
 
+# Pages that lie only partly in a range are not dropped with it.
+_PAGE = 4096
+
 
 class Source:
     """The files of one checkpoint, open for reading. Owns its descriptors; close it."""
@@ -134,9 +137,13 @@ class Source:
 
 
 def hash_range(path: Path, offset: int, length: int, update: Callable[[memoryview], object], buffer: bytearray) -> None:
-    """Feed `length` bytes of `path` from `offset` on to `update`, through `buffer`. Raises InputError."""
+    """Feed `length` bytes of `path` from `offset` on to `update`, through `buffer`. Raises InputError.
+
+    They are read from the disk, not from the page cache, unless another program has the file mapped.
+    """
     try:
         with path.open("rb", buffering=0) as file:
+            drop_cached(file.fileno(), max(0, offset - _PAGE), length + 2 * _PAGE)
             view = memoryview(buffer)
             done = 0
             while done < length:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +20,7 @@ from streammerge.api import make_plan as plan
 from streammerge.base.errors import InputError
 from streammerge.run.output import MANIFEST_NAME
 from streammerge.storage.checkpoint import INDEX_NAME, open_checkpoint, open_file
+from tests.command import streammerge as run
 from tests.models import make_models, make_tensors, save_model, write_recipe
 
 SHAPES = {"embed": (70, 8), "layers.0.w": (16, 8), "layers.1.w": (16, 8), "norm": (8,), "s": (), "e": (0, 3)}
@@ -229,3 +233,58 @@ def test_what_is_no_finished_output_is_an_input_error(tmp_path: Path, merged: Pa
         with pytest.raises(InputError, match=reason):
             streammerge.verify(tmp_path)
     assert problems(merged) == ()
+
+
+# --- inputs and output, checked by a merge ---------------------------------------------------------------------------
+
+
+def test_inputs_are_compared_with_their_manifest(tmp_path: Path, out: Path) -> None:
+    model, _ = make_models(tmp_path, shapes=SHAPES, count=1)
+    recipe = write_recipe(tmp_path / "again.yaml", "linear", [out, model], per_model={"weight": 0.5})
+    notes: list[str] = []
+    streammerge.merge(recipe, tmp_path / "one", verify_inputs=True, note=notes.append)
+    assert [note for note in notes if "no checksums" in note] == [f"{model}: has no checksums to verify it by"]
+    shard = min(out.glob("*.safetensors"))
+    flip(shard, shard.stat().st_size - 3, 0)
+    result = run(recipe, tmp_path / "two", "--verify-inputs")
+    assert result.code == 5
+    assert str(shard) in result.err
+    assert "differs from what was written" in result.err
+    assert not (tmp_path / "two").exists()
+
+
+def test_inputs_are_compared_with_the_names_of_the_hubs_blobs(tmp_path: Path) -> None:
+    models = make_models(tmp_path, shapes=SHAPES, count=1)
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for model in models:
+        weights = model / "model.safetensors"
+        blob = blobs / hashlib.sha256(weights.read_bytes()).hexdigest()
+        weights.rename(blob)
+        weights.symlink_to(blob)
+    recipe = write_recipe(tmp_path / "r.yaml", "linear", models, per_model={"weight": 0.5})
+    notes: list[str] = []
+    streammerge.merge(recipe, tmp_path / "one", verify_inputs=True, note=notes.append)
+    assert not [note for note in notes if "checksums" in note]
+    flip(blob, blob.stat().st_size - 3, 0)
+    result = run(recipe, tmp_path / "two", "--verify-inputs")
+    assert result.code == 5
+    assert f"{weights}: is not what was downloaded" in result.err
+    assert not (tmp_path / "two").exists()
+
+
+def test_an_output_that_did_not_reach_the_disk_is_found_at_once(tmp_path: Path) -> None:
+    models = make_models(tmp_path, shapes=SHAPES, count=1)
+    recipe = write_recipe(tmp_path / "r.yaml", "linear", models, per_model={"weight": 0.5})
+    assert run(recipe, tmp_path / "sound", "--verify-output").code == 0
+    # A disk that changes a byte of the last large write.
+    bad = (
+        "import os\nwrite = os.pwritev\n"
+        "os.pwritev = lambda fd, data, *rest: write(fd, [bytes([data[0][0] ^ 1]) + bytes(data[0][1:])]"
+        " if len(data[0]) else data, *rest)\n"
+        "from streammerge.cli import main\nmain()\n"
+    )
+    command = [sys.executable, "-c", bad, str(recipe), str(tmp_path / "bad"), "--verify-output", "--compile", "off"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 5, done.stderr
+    assert "differs from what was written" in done.stderr

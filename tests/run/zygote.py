@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -63,12 +64,12 @@ class Zygote:
 
 
 def _serve() -> None:
-    import torch
-
+    from streammerge.cli import main
     from tests.run import breaking
 
-    # What is made at the first call of all is made before the fork.
-    torch.zeros(1).add(1)
+    # What the command imports when it needs it is there before the fork.
+    for module in ("streammerge.report", "streammerge.run.merge", "streammerge.study.analysis"):
+        import_module(module)
     for line in sys.stdin:
         request = json.loads(line)
         child = os.fork()
@@ -79,8 +80,6 @@ def _serve() -> None:
             sys.argv = ["streammerge", *request["arguments"]]
             if request["way"] is not None:
                 getattr(breaking, request["way"])(**request["options"])
-            from streammerge.cli import main
-
             main()
             os._exit(70)
         _, status = os.waitpid(child, 0)
