@@ -157,8 +157,16 @@ def leftovers(out: Path) -> list[Path]:
             if path.name == MANIFEST_NAME or _SHARD.fullmatch(path.name.removesuffix(PARTIAL_SUFFIX))
         ]
     else:
-        found = [path for name in names for path in (out / name, partial_path(out / name)) if path.is_file()]
+        found = [path for name in names for path in (out / name, partial_path(out / name)) if _is_file(path)]
     return found + sorted(file for file in work.iterdir() if file.name != "lock")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        # A name that no file can have.
+        return False
 
 
 def _planned_names(record: Path) -> list[str] | None:

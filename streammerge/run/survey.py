@@ -9,7 +9,6 @@ What is found depends on nothing but the inputs and the recipe, as everything el
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,6 +27,7 @@ from streammerge.run.arena import Arena
 from streammerge.run.lane import CpuLane, Finder
 from streammerge.run.looking import Looker, Work, solve
 from streammerge.run.pipeline import READ_THREADS, ReadAhead, Tile
+from streammerge.storage.lines import checked_line, read_lines
 from streammerge.storage.sink import write_file
 from streammerge.storage.source import Source
 
@@ -41,15 +41,16 @@ class SurveyBook:
         self._folder, self._digest = folder, digest
 
     def get(self, key: str) -> Any:
-        """What was found in a group, or None."""
+        """What was found in a group, or None, also where the file is damaged."""
         path = self._path(key)
-        return json.loads(path.read_bytes()) if path is not None and path.exists() else None
+        lines, _ = read_lines(path.read_bytes()) if path is not None and path.exists() else ([], 0)
+        return lines[0]["found"] if lines else None
 
     def put(self, key: str, found: list[Any]) -> None:
         """Keep what was found in a group. Returns when it is on disk."""
         path = self._path(key)
         if path is not None:
-            write_file(path, json.dumps(found).encode())
+            write_file(path, checked_line({"found": found}))
 
     def _path(self, key: str) -> Path | None:
         name = xxhash.xxh3_128_hexdigest(f"{self._digest} {key}".encode("utf-8", "surrogatepass"))

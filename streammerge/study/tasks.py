@@ -86,7 +86,10 @@ def read_tasks_file(path: Path) -> list[Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise TaskError(str(path), [f"the tasks cannot be read: {error.strerror}"]) from None
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+    except RecursionError:
+        raise TaskError(str(path), ["nested too deeply"]) from None
+    except (yaml.YAMLError, ValueError, OverflowError, KeyError, AttributeError, TypeError) as error:
+        # The last ones: PyYAML has no error of its own for a scalar that looks like a date or a number and is none.
         raise TaskError(str(path), [f"not YAML: {error}"]) from None
     if isinstance(content, dict) and set(content) == {"tasks"}:
         content = content["tasks"]

@@ -17,7 +17,7 @@ import stat
 import time
 from collections import Counter
 from collections.abc import Callable
-from threading import Lock, Thread
+from threading import Lock, RLock, Thread
 from typing import Any
 
 from streammerge.storage import local
@@ -114,10 +114,14 @@ def power_cut(number: int, survives: str, seed: int, out: str) -> None:
         _die()
 
     at = _at(number, cut)
+    # One change at a time, so that nothing moves while the power goes.
+    lock = RLock()
 
     def both(name: str, call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        found = at(name, call, arguments)
-        return before(name, call, arguments) if found is _GO_ON else found
+        with lock:
+            at(name, call, arguments)
+            found = before(name, call, arguments)
+            return call(*arguments) if found is _GO_ON else found
 
     _wrap(CHANGES, both)
 
@@ -152,7 +156,7 @@ class _Disk:
 
     def after(self, survives: str, chance: random.Random) -> dict[str, bytes]:
         """The files there are when the power is back, by their paths in the folder."""
-        folders = [self._out, *(path for path in self._out.rglob("*") if path.is_dir())]
+        folders = [path for path in (self._out, *self._out.rglob("*")) if path.is_dir()]
         files: dict[str, bytes] = {}
         for folder in folders:
             names = self._names.get(folder.resolve(), {}) if survives == "nothing" else self._listing(folder)
