@@ -37,7 +37,7 @@ from streammerge.run.lane import CpuLane, Lane
 from streammerge.run.looking import Looker
 from streammerge.run.manifest import manifest
 from streammerge.run.memory import Meter, memory_limit, processors, usage
-from streammerge.run.output import MANIFEST_NAME, check_apart, claim, finish, finished_digest, trust
+from streammerge.run.output import MANIFEST_NAME, check_apart, claim, finish, finished_digest, is_complete, trust
 from streammerge.run.pipeline import READ_THREADS, ReadAhead, WriteBehind
 from streammerge.run.sidefiles import (
     CARD_NAME,
@@ -184,9 +184,7 @@ def merge(recipe_path: Path, out: Path, options: Options, observer: Observer) ->
         observer.note(f"{file}: is larger than a side file should be, and is not copied")
     check_apart(out, plan.checkpoints)
     if finished_digest(out) == plan.digest:
-        if options.verify_output:
-            _verify_output(out)
-        return _finished_before(plan, out)
+        return _finished_before(plan, out, options)
     device = choose_device(options.device)
     if plan.draws_in_turn and device.type != "cpu":
         raise UserError("--rng mergekit: numbers are drawn in mergekit's order on the CPU only; add --device cpu.")
@@ -199,6 +197,10 @@ def merge(recipe_path: Path, out: Path, options: Options, observer: Observer) ->
     with ExitStack() as stack:
         stopping = stack.enter_context(stop_signals())
         work = stack.enter_context(claim(out, plan, _file_names(plan), restart=options.restart))
+        if is_complete(out, plan, _file_names(plan)):
+            # The run before was stopped while it removed its work folder.
+            finish(out)
+            return _finished_before(plan, out, options)
         journal = Journal(work / "journal")
         stack.callback(journal.close)
         trust(out, plan, journal)
@@ -346,7 +348,9 @@ def check_disk(plan: Plan, out: Path) -> None:
         )
 
 
-def _finished_before(plan: Plan, out: Path) -> Report:
+def _finished_before(plan: Plan, out: Path, options: Options) -> Report:
+    if options.verify_output:
+        _verify_output(out)
     return Report(out, plan.digest, True, len(plan.tensors), len(plan.tensors), 0, 0, usage().peak_resident,
                   usage().own, 0.0, 0.0, 0.0, {})  # fmt: skip
 

@@ -133,6 +133,20 @@ def trust(out: Path, plan: Plan, journal: Journal) -> None:
         journal.keep(kept)
 
 
+def is_complete(out: Path, plan: Plan, files: Sequence[str]) -> bool:
+    """Whether every one of the files to come is in OUT, so that only the work folder is left to remove."""
+    try:
+        digest = _read_json(out / MANIFEST_NAME, "").get("digest") if (out / MANIFEST_NAME).exists() else None
+    except OutputError:
+        return False
+    there = all((out / name).is_file() for name in files)
+    return (
+        there
+        and digest == plan.digest
+        and all(_begins_with(out / shard.name, shard.header, shard.nbytes) for shard in plan.shards)
+    )
+
+
 def _begins_with(path: Path, header: bytes, size: int) -> bool:
     if not path.is_file() or path.stat().st_size != size:
         return False
