@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -84,8 +85,10 @@ def merge(
 
         work = analysis_folder(Path(out))
         study = _study_options(max_memory, device, threads, compile, None, seed, strict)
-        decided_for_merge(path, Path(out), work, study, _Silent(note), options.shard_bytes)
-        path = decided_path(work)
+        decided_for_merge(
+            path, Path(out), work, study, _Silent(note), options.shard_bytes, verified=options.verify_inputs
+        )
+        path, options = decided_path(work), replace(options, verify_inputs=False)
     return _merge(path, Path(out), options, _Silent(note))
 
 

@@ -113,8 +113,11 @@ def merge(
         from streammerge.run.merge import merge as run_merge
 
         terminal.log(f"streammerge {__version__}: merge {recipe} into {out}")
-        recipe = _analysed(terminal, recipe, out, options, spill)
-        done = run_merge(recipe, out, options, _Watcher(terminal))
+        decided = _analysed(terminal, recipe, out, options, spill)
+        if decided != recipe:
+            # The analysis has begun with that.
+            options = replace(options, verify_inputs=False)
+        done = run_merge(decided, out, options, _Watcher(terminal))
         seconds = time.perf_counter() - _BEGAN
         terminal.rows("done", report.report_rows(done, seconds))
         terminal.event("done", report.report_json(done, seconds))
@@ -416,7 +419,8 @@ def _analysed(terminal: Terminal, recipe: Path, out: Path, options: Options, spi
     how = StudyOptions(options.max_memory, options.device, options.threads, options.compile, spill, options.seed,
                        options.strict)  # fmt: skip
     with terminal.steps() as steps:
-        findings = decided_for_merge(recipe, out, work, how, _Student(terminal, steps), options.shard_bytes)
+        findings = decided_for_merge(recipe, out, work, how, _Student(terminal, steps), options.shard_bytes,
+                                     verified=options.verify_inputs)  # fmt: skip
     _show_findings(terminal, findings, work)
     return decided_path(work)
 

@@ -136,21 +136,23 @@ def _run_by_rows(library: Library, program: Program, order: Library, signature: 
 
     def run(inputs: Sequence[Tensor], out: Tensor | None, starts: Tensor | None, keys: Tensor | None,
             arguments: Arguments) -> Tensor:  # fmt: skip
-        elements, width = inputs[0].numel(), inputs[0].shape[-1]
-        whole = elements == BLOCK
-        if not whole and not hasattr(own, "inputs"):
-            own.inputs = [torch.empty(1, BLOCK, dtype=dtype) for dtype in signature.inputs]
-            own.out = None if signature.out is None else torch.empty(1, BLOCK, dtype=signature.out)
-        blocks = [stored.view(1, BLOCK) for stored in inputs] if whole else own.inputs
-        place = out.view(1, BLOCK) if out is not None and whole else None if out is None else own.out
-        if not whole:
+        width = inputs[0].shape[-1]
+        whole = inputs[0].numel() == BLOCK
+        if whole:
+            blocks = [stored.view(1, BLOCK) for stored in inputs]
+            place = None if out is None else out.view(1, BLOCK)
+        else:
+            if not hasattr(own, "inputs"):
+                own.inputs = [torch.empty(1, BLOCK, dtype=dtype) for dtype in signature.inputs]
+                own.out = None if signature.out is None else torch.empty(1, BLOCK, dtype=signature.out)
+            blocks, place = own.inputs, own.out
             for block, stored in zip(blocks, inputs, strict=True):
                 _fill(block, stored)
         with order.lend(flatten(first, blocks, None, starts, keys, None, arguments)) as ordered:
             sort_rows(ordered, width)
             result = library(flatten(program, blocks, place, starts, keys, ordered, arguments))
-        if out is not None and not whole:
-            _bytes(out)[:] = _bytes(own.out)[: out.nbytes]
+        if out is not None and place is not None and not whole:
+            _bytes(out)[:] = _bytes(place)[: out.nbytes]
         return result
 
     return run

@@ -59,7 +59,6 @@ def compile_program(program: Program, signature: Signature, package: Path) -> No
     blocks = torch.export.Dim("blocks", min=1, max=1 << 20)
     tiles = len(flat) - len(program.arguments)
     shapes = tuple({0: blocks} if i < tiles else None for i in range(len(flat)))
-    torch._inductor.config.assert_indirect_indexing = False
     exported = torch.export.export(_Flat(program, signature), (tuple(flat),), dynamic_shapes=(shapes,))
     partial = package.with_name(f"{package.stem}.{os.getpid()}.pt2")
     torch._inductor.aoti_compile_and_package(exported, package_path=str(partial))

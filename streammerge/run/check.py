@@ -15,6 +15,7 @@ from streammerge.base.errors import InputError, VerificationFailed
 from streammerge.run.manifest import read_manifest
 from streammerge.run.output import MANIFEST_NAME
 from streammerge.storage.checkpoint import INDEX_NAME, Checkpoint, open_file
+from streammerge.storage.local import is_file
 from streammerge.storage.source import hash_range
 
 _BUFFER = 8 << 20
@@ -37,13 +38,16 @@ def verify(out: Path) -> Verdict:
     tensors, nbytes, problems = _check_shards(out, content, list(content["shards"]))
     for name, checksum in content["files"].items():
         path = out / name
-        if not path.is_file():
+        if not is_file(path):
             problems.append(f"{path}: is missing.")
             continue
-        whole = path.read_bytes()
-        nbytes += len(whole)
-        if xxhash.xxh3_128_hexdigest(whole) != checksum:
-            problems.append(f"{path}: differs from what was written.")
+        size = path.stat().st_size
+        nbytes += size
+        try:
+            if _hexdigest(xxhash.xxh3_128(), path, 0, size) != checksum:
+                problems.append(f"{path}: differs from what was written.")
+        except InputError as error:
+            problems.append(str(error))
     if len(content["shards"]) > 1 and INDEX_NAME not in content["files"]:
         problems.append(f"{out}: the manifest does not know {INDEX_NAME}; it is not complete.")
     return Verdict(tensors, len(content["shards"]) + len(content["files"]), nbytes, tuple(problems))
@@ -56,6 +60,7 @@ def verify_inputs(checkpoints: Sequence[Checkpoint], note: Callable[[str], None]
     """
     problems: list[str] = []
     for checkpoint in checkpoints:
+        note(f"{checkpoint.path}: comparing its weights with the checksums there are")
         names = [file.name for file in checkpoint.files]
         if (checkpoint.directory / MANIFEST_NAME).is_file():
             content = read_manifest(checkpoint.directory)
@@ -63,13 +68,14 @@ def verify_inputs(checkpoints: Sequence[Checkpoint], note: Callable[[str], None]
             known = [name for name in names if name in content["shards"]]
             problems += _check_shards(checkpoint.directory, content, known)[2]
         else:
-            blobs = {name: _blob_checksum(checkpoint.directory / name) for name in names}
-            unknown = [name for name, checksum in blobs.items() if checksum is None]
-            problems += [
-                f"{checkpoint.directory / name}: is not what was downloaded: its SHA-256 differs. Download it again."
-                for name, checksum in blobs.items()
-                if checksum is not None and _sha256(checkpoint.directory / name) != checksum
-            ]
+            unknown = []
+            for file in checkpoint.files:
+                path = checkpoint.directory / file.name
+                checksum = _blob_checksum(path)
+                if checksum is None:
+                    unknown.append(file.name)
+                elif _hexdigest(hashlib.sha256(), path, 0, file.size) != checksum:
+                    problems.append(f"{path}: is not what was downloaded: its SHA-256 differs. Download it again.")
         if unknown:
             listed = "" if len(unknown) == len(names) else f": {', '.join(unknown[:5])}"
             note(f"{checkpoint.path}: has no checksums to verify it by{listed}")
@@ -80,7 +86,6 @@ def verify_inputs(checkpoints: Sequence[Checkpoint], note: Callable[[str], None]
 def _check_shards(out: Path, content: Mapping[str, Any], names: Sequence[str]) -> tuple[int, int, list[str]]:
     """Compare these shards of an output with its manifest: tensors, bytes, and what is wrong."""
     problems: list[str] = []
-    buffer = bytearray(_BUFFER)
     every = len(names) == len(content["shards"])
     expected = dict(content["tensors"])
     tensors = nbytes = 0
@@ -95,15 +100,13 @@ def _check_shards(out: Path, content: Mapping[str, Any], names: Sequence[str]) -
             problems.append(f"{path}: its header is not the one that was written.")
         nbytes += status.st_size
         for entry in header.entries:
-            hashing = xxhash.xxh3_128()
-            try:
-                hash_range(path, entry.start, entry.nbytes, hashing.update, buffer)
-            except InputError as error:
-                problems.append(f"{error} (tensor {entry.name})")
             tensors += 1
             checksum = expected.pop(entry.name, None)
-            if checksum != hashing.hexdigest():
-                problems.append(f"{path}: tensor {entry.name} differs from what was written.")
+            try:
+                if _hexdigest(xxhash.xxh3_128(), path, entry.start, entry.nbytes) != checksum:
+                    problems.append(f"{path}: tensor {entry.name} differs from what was written.")
+            except InputError as error:
+                problems.append(f"{error} (tensor {entry.name})")
     if every:
         problems += [f"{out}: tensor {name} is missing." for name in expected]
     return tensors, nbytes, problems
@@ -115,7 +118,8 @@ def _blob_checksum(path: Path) -> str | None:
     return name if _SHA256.fullmatch(name) else None
 
 
-def _sha256(path: Path) -> str:
-    hashing = hashlib.sha256()
-    hash_range(path, 0, path.stat().st_size, hashing.update, bytearray(_BUFFER))
-    return hashing.hexdigest()
+def _hexdigest(hashing: Any, path: Path, offset: int, length: int) -> str:
+    """The hash of a part of a file, as hexadecimal digits. Raises InputError."""
+    hash_range(path, offset, length, hashing.update, bytearray(min(_BUFFER, max(1, length))))
+    digits: str = hashing.hexdigest()
+    return digits

@@ -13,6 +13,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from streammerge.storage.lines import checked_line, read_lines
 from streammerge.storage.local import sync_directory
@@ -74,14 +75,25 @@ class Journal:
         os.close(self._descriptor)
 
     def _read(self, content: bytes) -> int:
-        """Take in the sound lines; returns the bytes they take."""
+        """Take in the sound lines; returns the bytes they take, 0 where one of them is not of a journal."""
         lines, sound = read_lines(content)
+        found: dict[str, Done] = {}
         for fields in lines:
-            done = Done(
-                fields["tensor"],
-                fields["xxh3_128"],
-                tuple(fields["nonfinite_inputs"]),
-                fields["nonfinite_output"],
-            )
-            self.done[done.tensor] = done
+            done = _done(fields)
+            if done is None:
+                return 0
+            found[done.tensor] = done
+        self.done = found
         return sound
+
+
+def _done(fields: dict[str, Any]) -> Done | None:
+    """What a line says, or None if it is no journal's."""
+    try:
+        done = Done(**fields | {"nonfinite_inputs": tuple(fields["nonfinite_inputs"])})
+    except (KeyError, TypeError):
+        # Sound, and of something else.
+        return None
+    counts = (*done.nonfinite_inputs, done.nonfinite_output)
+    texts = isinstance(done.tensor, str) and isinstance(done.xxh3_128, str)
+    return done if texts and all(type(count) is int for count in counts) else None

@@ -64,6 +64,11 @@ def read_manifest(out: Path) -> dict[str, Any]:
         found = None
     if found is None or checksum != found:
         raise InputError(f"{path}: is not what was written: its own checksum differs.")
+    for name in (*content["files"], *content["shards"]):
+        if not name or Path(name).name != name:
+            raise InputError(f"{path}: names the file {name!r}, outside its own directory. Refused.")
+    if not all(isinstance(shard, dict) for shard in content["shards"].values()):
+        raise InputError(f"{path}: is no manifest of ours.")
     return content
 
 

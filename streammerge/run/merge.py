@@ -194,10 +194,11 @@ def merge(recipe_path: Path, out: Path, options: Options, observer: Observer) ->
     side_files(plan)
     if options.verify_inputs:
         verify_inputs(plan.checkpoints, observer.note)
+    files = _file_names(plan)
     with ExitStack() as stack:
         stopping = stack.enter_context(stop_signals())
-        work = stack.enter_context(claim(out, plan, _file_names(plan), restart=options.restart))
-        if is_complete(out, plan, _file_names(plan)):
+        work = stack.enter_context(claim(out, plan, files, restart=options.restart))
+        if is_complete(out, plan, files):
             # The run before was stopped while it removed its work folder.
             finish(out)
             return _finished_before(plan, out, options)
@@ -316,7 +317,8 @@ def _publish_rest(plan: Plan, out: Path, journal: Journal) -> None:
 def _verify_output(out: Path) -> None:
     """Read OUT again from the disk. Raises VerificationFailed."""
     if problems := verify(out).problems:
-        raise VerificationFailed("\n".join((*problems, "The disk, or what lies before it, is not to be trusted.")))
+        advice = f"The disk, or what lies before it, changed what was written. Remove {out} and merge to another one."
+        raise VerificationFailed("\n".join((*problems, advice)))
 
 
 def _file_names(plan: Plan) -> list[str]:

@@ -20,7 +20,7 @@ from streammerge.base.errors import OutputError
 from streammerge.plan.plan import Plan
 from streammerge.run.journal import WORK_FOLDER, Done, Journal
 from streammerge.storage.checkpoint import Checkpoint
-from streammerge.storage.local import sync_directory
+from streammerge.storage.local import is_file, sync_directory
 from streammerge.storage.sink import PARTIAL_SUFFIX, partial_path, translate, write_file
 
 MANIFEST_NAME = "streammerge.manifest.json"
@@ -41,11 +41,15 @@ def check_apart(out: Path, checkpoints: Sequence[Checkpoint]) -> None:
 
 def finished_digest(out: Path) -> str | None:
     """The digest of the plan that OUT is the finished result of, or None."""
+    return None if (out / WORK_FOLDER).exists() else _manifest_digest(out)
+
+
+def _manifest_digest(out: Path) -> str | None:
+    """What the manifest says of its plan, None where there is no manifest. Raises OutputError when it is damaged."""
     manifest = out / MANIFEST_NAME
-    if not manifest.exists() or (out / WORK_FOLDER).exists():
+    if not manifest.exists():
         return None
-    content = _read_json(manifest, "Remove the directory, or choose another one.")
-    digest = content.get("digest")
+    digest = _read_json(manifest, "Remove the directory, or choose another one.").get("digest")
     return digest if isinstance(digest, str) else None
 
 
@@ -136,14 +140,13 @@ def trust(out: Path, plan: Plan, journal: Journal) -> None:
 def is_complete(out: Path, plan: Plan, files: Sequence[str]) -> bool:
     """Whether every one of the files to come is in OUT, so that only the work folder is left to remove."""
     try:
-        digest = _read_json(out / MANIFEST_NAME, "").get("digest") if (out / MANIFEST_NAME).exists() else None
+        if _manifest_digest(out) != plan.digest:
+            return False
     except OutputError:
+        # A damaged manifest is written again.
         return False
-    there = all((out / name).is_file() for name in files)
-    return (
-        there
-        and digest == plan.digest
-        and all(_begins_with(out / shard.name, shard.header, shard.nbytes) for shard in plan.shards)
+    return all((out / name).is_file() for name in files) and all(
+        _begins_with(out / shard.name, shard.header, shard.nbytes) for shard in plan.shards
     )
 
 
@@ -171,16 +174,8 @@ def leftovers(out: Path) -> list[Path]:
             if path.name == MANIFEST_NAME or _SHARD.fullmatch(path.name.removesuffix(PARTIAL_SUFFIX))
         ]
     else:
-        found = [path for name in names for path in (out / name, partial_path(out / name)) if _is_file(path)]
+        found = [path for name in names for path in (out / name, partial_path(out / name)) if is_file(path)]
     return found + sorted(file for file in work.iterdir() if file.name != "lock")
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:
-        # A name that no file can have.
-        return False
 
 
 def _planned_names(record: Path) -> list[str] | None:

@@ -44,7 +44,7 @@ class SurveyBook:
         """What was found in a group, or None, also where the file is damaged."""
         path = self._path(key)
         lines, _ = read_lines(path.read_bytes()) if path is not None and path.exists() else ([], 0)
-        return lines[0]["found"] if lines else None
+        return lines[0].get("found") if lines else None
 
     def put(self, key: str, found: list[Any]) -> None:
         """Keep what was found in a group. Returns when it is on disk."""

@@ -88,6 +88,15 @@ def drop_cached(descriptor: int, offset: int, length: int) -> None:
         os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is a regular file at `path`, also where no file can have such a name."""
+    try:
+        return path.is_file()
+    except OSError:
+        # A name that is too long.
+        return False
+
+
 def sync_directory(path: Path) -> None:
     """Make renames and new names in `path` durable."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))

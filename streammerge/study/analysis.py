@@ -18,6 +18,7 @@ from streammerge.base.units import format_size
 from streammerge.plan.plan import Plan
 from streammerge.plan.recipe import Module, Recipe, load_recipe
 from streammerge.plan.setting import Setting, parse_setting
+from streammerge.run.check import verify_inputs
 from streammerge.run.merge import Options, check_disk, plan_recipe, stop_signals
 from streammerge.run.output import check_apart, check_usable
 from streammerge.storage.sink import write_file
@@ -98,10 +99,10 @@ def analyze_recipe(recipe_path: Path, out: Path, work: Path, options: StudyOptio
 
 
 def decided_for_merge(recipe_path: Path, out: Path, work: Path, options: StudyOptions, observer: StudyObserver,
-                      shard_bytes: int) -> Findings | ProxyFindings:  # fmt: skip
+                      shard_bytes: int, *, verified: bool) -> Findings | ProxyFindings:  # fmt: skip
     """The analysis before a merge into `out`: leaves the decided recipe in `work`, where `decided_path` finds it.
 
-    What is wrong with `out` or its disk is said before the analysis, not after it.
+    What is wrong with `out` or its disk, and if they are to be `verified` with the inputs, is said before the analysis.
     """
     recipe = load_recipe(recipe_path, strict=options.strict)
     plan = plan_recipe(_template(recipe), Options(seed=options.seed, strict=options.strict, shard_bytes=shard_bytes))
@@ -109,6 +110,8 @@ def decided_for_merge(recipe_path: Path, out: Path, work: Path, options: StudyOp
     check_apart(work, plan.checkpoints)
     check_usable(out)
     check_disk(plan, out)
+    if verified:
+        verify_inputs(plan.checkpoints, observer.note)
     return analyze_recipe(recipe_path, decided_path(work), work, options, observer)
 
 

@@ -91,7 +91,11 @@ class Scorebook:
 
     def _read(self, content: bytes) -> int:
         lines, sound = read_lines(content)
-        for fields in lines:
-            log_probs = tuple(tuple(map(float, values)) for values in fields["log_probs"])
-            self._scores[fields["key"]] = Score(log_probs, tuple(map(float, fields["distances"])))
+        try:
+            for fields in lines:
+                log_probs = tuple(tuple(map(float, values)) for values in fields["log_probs"])
+                self._scores[str(fields["key"])] = Score(log_probs, tuple(map(float, fields["distances"])))
+        except (KeyError, TypeError, ValueError):
+            self.close()
+            raise OutputError(f"{self._path}: holds a line that is no score. Remove it, or choose another.") from None
         return sound

@@ -1,7 +1,7 @@
 """Ways to break a run from inside: its calls to the system are counted, killed at, made to fail, or cut short.
 
-Each is a function that a forked child calls before it runs the command (tests/run/zygote.py). Calls are those through
-which a merge reads and writes; imports and the interpreter's own are not among them.
+Each is a function that a forked child calls before it runs the command (tests/run/zygote.py). Calls are those of `os`
+through which a merge reads and writes, and fallocate; what Python's own files do is not among them.
 """
 
 from __future__ import annotations
@@ -52,15 +52,23 @@ def count(file: str) -> None:
     os._exit = leaving  # type: ignore[assignment]
 
 
-def kill_at(number: int, half: bool = False) -> None:
-    """Kill the process at its call `number` of those that change something; with `half`, in the middle of a write."""
+def kill_at(number: int) -> None:
+    """Kill the process before its call `number` of `CHANGES`."""
 
-    def before(name: str, call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        if half and name in WRITES:
-            call(*_shortened(name, arguments, 0.5))
+    def before(_name: str, _call: Callable[..., Any], _arguments: tuple[Any, ...]) -> Any:
         _die()
 
     _wrap(CHANGES, _at(number, before))
+
+
+def kill_in_write(number: int) -> None:
+    """Kill the process when half of its write `number` is done."""
+
+    def before(name: str, call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        call(*_shortened(name, arguments, 0.5))
+        _die()
+
+    _wrap(WRITES, _at(number, before))
 
 
 def kill_after(seconds: float) -> None:
@@ -73,10 +81,12 @@ def kill_after(seconds: float) -> None:
     Thread(target=wait, daemon=True).start()
 
 
-def fail(call: str, code: str, number: int, lasting: bool = False) -> None:
-    """Call `number` of a kind fails with an errno, and with `lasting` all that follow."""
+def fail(call: str, code: str, number: int, lasting: bool, told: str) -> None:
+    """Call `number` of a kind fails, and with `lasting` all that follow. The file `told` says if it came to that."""
+    teller, tell = os.open(told, os.O_WRONLY | os.O_CREAT, 0o600), os.write
 
     def before(_name: str, _call: Callable[..., Any], _arguments: tuple[Any, ...]) -> Any:
+        tell(teller, b"failed\n")
         raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
 
     _wrap((call,), _at(number, before, lasting=lasting))
@@ -220,10 +230,6 @@ def _wrap(calls: tuple[str, ...], before: Before) -> None:
         return instead
 
     for name in calls:
-        if name == "fallocate":
-            local.fallocate = wrapped(name, local.fallocate)
-            continue
-        if name in ("rename", "unlink", "mkdir"):
-            setattr(pathlib.Path, name, wrapped(name, getattr(pathlib.Path, name)))
-        if name != "mkdir":
-            setattr(os, name, wrapped(name, getattr(os, name)))
+        # pathlib and shutil come here, too.
+        where = local if name == "fallocate" else os
+        setattr(where, name, wrapped(name, getattr(where, name)))

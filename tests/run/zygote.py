@@ -1,4 +1,4 @@
-"""Runs of the command that take a tenth of a second: a process that has imported everything is forked for each.
+"""Runs of the command that take a third of a second: a process that has imported everything is forked for each.
 
 Beside it is the way to break them (breaking.py). Only the child is broken; it has no threads yet when it is made.
 """
