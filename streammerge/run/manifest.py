@@ -65,7 +65,7 @@ def read_manifest(out: Path) -> dict[str, Any]:
     if found is None or checksum != found:
         raise InputError(f"{path}: is not what was written: its own checksum differs.")
     for name in (*content["files"], *content["shards"]):
-        if not name or Path(name).name != name:
+        if not name or Path(name).name != name or "\0" in name:
             raise InputError(f"{path}: names the file {name!r}, outside its own directory. Refused.")
     if not all(isinstance(shard, dict) for shard in content["shards"].values()):
         raise InputError(f"{path}: is no manifest of ours.")
