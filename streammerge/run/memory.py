@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import psutil
 
+from streammerge.base.errors import DoesNotFit
 from streammerge.base.units import format_size
 
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -80,6 +84,26 @@ def _read_limit(file: Path) -> list[int]:
     except OSError:
         return []
     return [int(text)] if text.isdigit() else []
+
+
+# What torch and Python say, in RuntimeErrors, when the system gives no memory or no stack for a thread.
+_REFUSALS = ("can't allocate memory", "out of memory", "can't start new thread")
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Raise DoesNotFit where the system refuses memory that the budget allows: `ulimit -d` or `-v`, no overcommit."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        refused = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+        if not refused and not any(text in str(error) for text in _REFUSALS):
+            raise
+        raise DoesNotFit(
+            f"The system refused memory ({str(error).splitlines()[0] if str(error) else type(error).__name__}) "
+            f"after {format_size(usage().own)} of its own. Raise its limit (ulimit -d, ulimit -v) or give a smaller "
+            "--max-memory; a merge goes on where it was when the same command is run again."
+        ) from error
 
 
 class Meter:

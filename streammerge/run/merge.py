@@ -36,7 +36,7 @@ from streammerge.run.journal import Journal
 from streammerge.run.lane import CpuLane, Lane
 from streammerge.run.looking import Looker
 from streammerge.run.manifest import manifest
-from streammerge.run.memory import Meter, memory_limit, processors, usage
+from streammerge.run.memory import Meter, memory_limit, processors, refusals, usage
 from streammerge.run.output import MANIFEST_NAME, check_apart, claim, finish, finished_digest, is_complete, trust
 from streammerge.run.pipeline import READ_THREADS, ReadAhead, WriteBehind
 from streammerge.run.sidefiles import (
@@ -172,6 +172,7 @@ def schedule_for(plan: Plan, options: Options) -> Schedule:
     )
 
 
+@refusals()
 def merge(recipe_path: Path, out: Path, options: Options, observer: Observer) -> Report:
     """Merge `recipe_path` into the directory `out`, going on where an earlier run stopped.
 

@@ -19,6 +19,7 @@ from streammerge.plan.plan import Plan
 from streammerge.plan.recipe import Module, Recipe, load_recipe
 from streammerge.plan.setting import Setting, parse_setting
 from streammerge.run.check import verify_inputs
+from streammerge.run.memory import refusals
 from streammerge.run.merge import Options, check_disk, plan_recipe, stop_signals
 from streammerge.run.output import check_apart, check_usable
 from streammerge.storage.sink import write_file
@@ -59,6 +60,7 @@ class ProxyFindings:
     verdict: str
 
 
+@refusals()
 def analyze_recipe(recipe_path: Path, out: Path, work: Path, options: StudyOptions, observer: StudyObserver, *,
                    tasks_file: Path | None = None) -> Findings | ProxyFindings:  # fmt: skip
     """Analyse a recipe and write the decided one to `out`; what is needed to go on is kept in the folder `work`.

@@ -12,6 +12,7 @@ from typing import Literal
 from streammerge.base.errors import InputError, RecipeError, UserError
 from streammerge.plan.plan import Plan
 from streammerge.plan.recipe import load_recipe, parse_recipe
+from streammerge.run.memory import refusals
 from streammerge.run.merge import Options, plan_recipe, stop_signals
 from streammerge.storage.checkpoint import open_checkpoint
 from streammerge.study.analysis import StudyObserver
@@ -35,6 +36,7 @@ class Evaluation:
     facts: SweepFacts
 
 
+@refusals()
 def evaluate(recipes: Sequence[Path], tasks_file: Path, which: Which, options: StudyOptions, observer: StudyObserver, *,
              work: Path | None = None) -> Evaluation:  # fmt: skip
     """Score `recipes` (files, or directories of checkpoints) on the tasks of a file, in one sweep.
