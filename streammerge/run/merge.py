@@ -44,8 +44,8 @@ from streammerge.run.sidefiles import (
     RECIPE_NAME,
     architecture,
     copied_files,
+    left_files,
     side_files,
-    too_large_files,
 )
 from streammerge.run.survey import SurveyBook, survey
 from streammerge.storage.checkpoint import open_checkpoint
@@ -181,8 +181,8 @@ def merge(recipe_path: Path, out: Path, options: Options, observer: Observer) ->
     plan = make_plan(recipe_path, options)
     for warning in plan.warnings:
         observer.note(f"{recipe_path}: {warning}")
-    for file in too_large_files(plan):
-        observer.note(f"{file}: is larger than a side file should be, and is not copied")
+    for sentence in left_files(plan):
+        observer.note(sentence)
     check_apart(out, plan.checkpoints)
     if finished_digest(out) == plan.digest:
         return _finished_before(plan, out, options)

@@ -18,7 +18,7 @@ from streammerge.base.dtypes import RECIPE_DTYPES
 from streammerge.base.errors import InputError
 from streammerge.plan.names import stacks
 from streammerge.plan.plan import Plan
-from streammerge.storage.checkpoint import Checkpoint
+from streammerge.storage.checkpoint import Checkpoint, leads_outside
 
 RECIPE_NAME = "mergekit_config.yml"
 CARD_NAME = "README.md"
@@ -34,12 +34,18 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 def copied_files(plan: Plan) -> list[Path]:
     """The donor's files that go along. None for a donor that is a single file without a config.json."""
-    return [file for file in _beside_weights(plan) if file.stat().st_size <= _LARGEST]
+    return [file for file in _beside_weights(plan) if _why_left(file) is None]
 
 
-def too_large_files(plan: Plan) -> list[Path]:
-    """The donor's files that would go along, but are too large to be what they should be."""
-    return [file for file in _beside_weights(plan) if file.stat().st_size > _LARGEST]
+def left_files(plan: Plan) -> list[str]:
+    """A sentence for each of the donor's files that would go along and does not."""
+    return [f"{file}: {why}, and is not copied" for file in _beside_weights(plan) if (why := _why_left(file))]
+
+
+def _why_left(file: Path) -> str | None:
+    if (target := leads_outside(file.parent, file.name)) is not None:
+        return f"is a link to {target}, outside its directory"
+    return "is larger than a side file should be" if file.stat().st_size > _LARGEST else None
 
 
 def _beside_weights(plan: Plan) -> list[Path]:

@@ -92,13 +92,32 @@ def open_checkpoint(path: Path) -> Checkpoint:
         missing = [name for name in names if not _is(path / name, stat.S_ISREG)]
         if missing:
             raise InputError(f"{index}: names {_listing(missing)}, which {_are(missing)} not there. Download again.")
-        checkpoint = _gather(path, [(name, *open_file(path / name)) for name in names])
+        checkpoint = _gather(path, [(name, *_open_own(path, name)) for name in names])
         _check_index(index, weight_map, checkpoint)
         return checkpoint
     names = [SINGLE_NAME] if single.exists() else sorted(file.name for file in path.glob("*.safetensors"))
     if not names:
         raise InputError(f"{path}: holds no safetensors file.{_hint(path)}")
-    return _gather(path, [(name, *open_file(path / name)) for name in names])
+    return _gather(path, [(name, *_open_own(path, name)) for name in names])
+
+
+def leads_outside(directory: Path, name: str) -> Path | None:
+    """Where a file of a checkpoint lies, if links lead out of its directory; None for those into a Hub download cache.
+
+    A repository from a stranger may hold links to any file of this machine.
+    """
+    target, home = (directory / name).resolve(), directory.resolve()
+    is_blob = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    return None if target.is_relative_to(home) or is_blob else target
+
+
+def _open_own(directory: Path, name: str) -> tuple[Header, os.stat_result]:
+    if (target := leads_outside(directory, name)) is not None:
+        raise InputError(
+            f"{directory / name}: is a link to {target}, outside {directory}. Refused: a checkpoint may not name "
+            f"files elsewhere. If the link is your own, put the file itself there, or a hard link (ln without -s)."
+        )
+    return open_file(directory / name)
 
 
 def open_file(path: Path) -> tuple[Header, os.stat_result]:

@@ -399,7 +399,7 @@ def _build(directory: Path) -> Any:
     if not (directory / "config.json").is_file():
         raise InputError(f"{directory}: holds no config.json, which says what model it is.")
     try:
-        config = AutoConfig.from_pretrained(directory)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     except (OSError, StrictDataclassError) as error:

@@ -7,7 +7,9 @@ language that trip parsers up. The suite tries 2,000, `scripts/nightly` 100,000.
 from __future__ import annotations
 
 import json
+import pickle
 import random
+import re
 import time
 import zlib
 from collections.abc import Callable
@@ -27,7 +29,9 @@ from streammerge.run.survey import SurveyBook
 from streammerge.storage.checkpoint import INDEX_NAME, open_checkpoint
 from streammerge.study.scorebook import Scorebook
 from streammerge.study.tasks import load_tasks, read_tasks_file
-from tests.models import make_models
+from tests.command import streammerge as run
+from tests.models import make_models, make_tensors, save_model, write_recipe
+from tests.study.tiny import make_examples, make_model, write_lines
 
 RECIPE = b"""
 merge_method: ties
@@ -167,6 +171,7 @@ def test_a_damaged_file_is_an_error_of_ours_or_none(tmp_path: Path, kind: str, t
     (folder,) = make_models(tmp_path, 0, shapes={"w": (2, 2)})
     (folder / "q.jsonl").write_bytes(JSONL)
     chance = random.Random(times)
+    before = _resident(since="now")
     for _ in range(times):
         content = damaged(sound, chance)
         began = time.perf_counter()
@@ -178,6 +183,15 @@ def test_a_damaged_file_is_an_error_of_ours_or_none(tmp_path: Path, kind: str, t
         except Exception as error:
             raise AssertionError(content[:300]) from error
         assert time.perf_counter() - began < 20, content[:300]
+    assert _resident(since="then") - before < 100_000_000
+
+
+def _resident(*, since: str) -> int:
+    """The most memory this process has had at a time since the last call for "now", in bytes."""
+    if since == "now":
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:", 1)[1].split()[0]) * 1024
 
 
 @pytest.mark.parametrize("kind", READERS)
@@ -186,3 +200,85 @@ def test_the_sound_file_is_no_error(tmp_path: Path, kind: str) -> None:
     (folder,) = make_models(tmp_path, 0, shapes={"w": (2, 2)})
     (folder / "q.jsonl").write_bytes(JSONL)
     read(folder, sound)
+
+
+# --- what must not run, and must not be seen -------------------------------------------------------------------------
+
+
+class _Bomb:
+    """What touches a file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self._marker = marker
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self._marker,)
+
+
+@pytest.mark.parametrize("command", ["merge", "plan", "inspect"])
+def test_a_pickle_never_runs(tmp_path: Path, command: str) -> None:
+    marker = tmp_path / "it-ran"
+    bomb = pickle.dumps({"w": _Bomb(marker)})
+    pickle.loads(bomb)
+    assert marker.exists(), "the bomb is no bomb"
+    marker.unlink()
+    base, *models = make_models(tmp_path)
+    for name in ("training_args.bin", "optimizer.pt", "scheduler.pkl"):
+        (base / name).write_bytes(bomb)
+    (models[0] / "model.safetensors").unlink()
+    (models[0] / "pytorch_model.bin").write_bytes(bomb)
+    recipe = write_recipe(tmp_path / "r.yaml", "linear", models, base=base, per_model={"weight": 0.5})
+    arguments = {"merge": (recipe, tmp_path / "out"), "plan": (recipe,), "inspect": (models[0],)}
+    refused = run(command, *arguments[command])
+    assert refused.code == 4
+    assert "pytorch_model.bin" in refused.err
+    assert not marker.exists()
+
+
+def test_code_that_comes_with_a_model_never_runs(tmp_path: Path) -> None:
+    marker = tmp_path / "it-ran"
+    model = make_model(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    auto_map = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "evil", "auto_map": auto_map}))
+    (model / "evil.py").write_text(f"import pathlib\npathlib.Path({str(marker)!r}).touch()\n")
+    (tmp_path / "tasks.yaml").write_text("- {name: t, dev: dev.jsonl}\n")
+    lines = [{"prompt": e.prompt, "choices": list(e.choices), "answer": e.answer} for e in make_examples(2)]
+    write_lines(tmp_path / "dev.jsonl", *lines)
+    refused = run("eval", model, "--tasks", tmp_path / "tasks.yaml")
+    assert refused.code == 2, refused.err
+    assert "Traceback" not in refused.err
+    assert not marker.exists()
+    # Merged it can be: that needs none of its code.
+    recipe = write_recipe(tmp_path / "r.yaml", "linear", [model], per_model={"weight": 1})
+    assert run(recipe, tmp_path / "out").code == 0
+    assert not marker.exists()
+
+
+def test_names_do_not_reach_the_terminal_raw(tmp_path: Path) -> None:
+    evil = "layers.0.\x1b]0;owned\x07\x1b[2J\r\u202e\x9bw"
+    base = save_model(tmp_path / "base\x1b[31m", make_tensors(0, shapes={evil: (3, 3), "w": (4, 4)}))
+    other = save_model(tmp_path / "other", make_tensors(1, shapes={evil: (3, 4), "w": (4, 4)}))
+    same = save_model(tmp_path / "same", make_tensors(1, shapes={evil: (3, 3), "w": (4, 4)}))
+    wrong = write_recipe(tmp_path / "w.yaml", "linear", [base, other], per_model={"weight": 0.5})
+    right = write_recipe(tmp_path / "r.yaml", "linear", [base, same], per_model={"weight": 0.5})
+    log = tmp_path / "log"
+    for code, arguments in (
+        (0, ("inspect", base, "--tensors")),
+        (2, (wrong, tmp_path / "out")),
+        (0, ("plan", right)),
+        (0, (right, tmp_path / "out", "--log", log)),
+        (4, (tmp_path / "x\x1b[31m.yaml", tmp_path / "out")),
+        (2, ("methods", evil)),
+    ):
+        done = run(*arguments)
+        assert done.code == code, done.err
+        shown = done.out + done.err
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", shown), repr(shown)
+    flipped = bytearray((tmp_path / "out" / "model.safetensors").read_bytes())
+    flipped[-1] ^= 1
+    (tmp_path / "out" / "model.safetensors").write_bytes(flipped)
+    found = run("verify", tmp_path / "out")
+    assert found.code == 5
+    assert "\x1b" not in found.out + found.err
+    assert "\x1b" not in log.read_text()

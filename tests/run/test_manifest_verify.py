@@ -123,6 +123,30 @@ def test_a_flipped_bit_in_any_shard_is_found_and_its_tensor_named(out: Path) -> 
     assert problems(out) == ()
 
 
+@pytest.mark.nightly
+def test_a_thousand_random_flips_are_found(out: Path) -> None:
+    """Anywhere in the output, byte by byte as likely; a tensor's are found under its name."""
+    chance = random.Random(1000)
+    files = {path: path.read_bytes() for path in sorted(out.iterdir())}
+    found = 0
+    for _ in range(1000):
+        path = chance.choices(list(files), [len(content) for content in files.values()])[0]
+        place = chance.randrange(len(files[path]))
+        flip(path, place, chance.randrange(8))
+        try:
+            told = " ".join(problems(out))
+        except InputError as error:
+            told = str(error)
+        name = path.name
+        if path.suffix == ".safetensors":
+            path.write_bytes(files[path])
+            entries = open_file(path)[0].entries
+            name = next((entry.name for entry in entries if entry.start <= place < entry.stop), name)
+        found += name in told
+        path.write_bytes(files[path])
+    assert found == 1000
+
+
 def test_a_flipped_bit_in_any_side_file_is_found_and_the_file_named(out: Path) -> None:
     names = json.loads((out / MANIFEST_NAME).read_text())["files"]
     assert {"config.json", "README.md", "mergekit_config.yml", INDEX_NAME, "tokenizer.json", "LICENSE"} <= set(names)
@@ -255,8 +279,8 @@ def test_inputs_are_compared_with_their_manifest(tmp_path: Path, out: Path) -> N
 
 def test_inputs_are_compared_with_the_names_of_the_hubs_blobs(tmp_path: Path) -> None:
     models = make_models(tmp_path, shapes=SHAPES, count=1)
-    blobs = tmp_path / "blobs"
-    blobs.mkdir()
+    blobs = tmp_path / "models--org--name" / "blobs"
+    blobs.mkdir(parents=True)
     for model in models:
         weights = model / "model.safetensors"
         blob = blobs / hashlib.sha256(weights.read_bytes()).hexdigest()

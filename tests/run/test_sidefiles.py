@@ -73,6 +73,19 @@ def test_the_files_of_the_base_go_along_and_weights_do_not(recipe: Path, models:
     assert b"of the base" not in (out / "README.md").read_bytes()
 
 
+def test_a_link_out_of_the_donors_directory_is_not_copied(recipe: Path, models: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("of this machine")
+    (models[0] / "LICENSE").symlink_to(tmp_path / "secret")
+    (models[0] / "tokenizer.json").write_text("{}")
+    (models[0] / "NOTICE").symlink_to("tokenizer.json")
+    notes: list[str] = []
+    streammerge.merge(recipe, tmp_path / "out", compile="off", threads=1, note=notes.append)
+    assert [note for note in notes if "LICENSE: is a link to" in note and "not copied" in note]
+    assert not (tmp_path / "out" / "LICENSE").exists()
+    assert (tmp_path / "out" / "NOTICE").read_text() == "{}"
+    assert streammerge.verify(tmp_path / "out").problems == ()
+
+
 def test_without_a_base_the_first_model_is_the_donor(models: list[Path], tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "l.yaml", "linear", models[1:], per_model={"weight": 0.5})
     (models[1] / "tokenizer.json").write_text("first")

@@ -66,10 +66,30 @@ def test_the_bytes_of_a_tensor_are_where_the_checkpoint_says(tmp_path: Path, sha
 
 
 def test_shards_that_are_links_into_a_cache_are_opened(tmp_path: Path) -> None:
-    save_model(tmp_path / "blobs", TENSORS)
-    (tmp_path / "snapshot").mkdir()
-    (tmp_path / "snapshot" / "model.safetensors").symlink_to(Path("../blobs/model.safetensors"))
-    assert set(open_checkpoint(tmp_path / "snapshot").tensors) == set(TENSORS)
+    cache = tmp_path / "models--org--name"
+    save_model(cache / "blobs", TENSORS)
+    for folder, link in ((cache / "snapshots" / "1", "../../blobs"), (tmp_path / "copy", "../models--org--name/blobs")):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").symlink_to(Path(link) / "model.safetensors")
+        assert set(open_checkpoint(folder).tensors) == set(TENSORS)
+
+
+def test_a_directory_may_be_a_link_and_hold_links_within(tmp_path: Path) -> None:
+    save_model(tmp_path / "model" / "weights", TENSORS)
+    (tmp_path / "model" / "model.safetensors").symlink_to(Path("weights/model.safetensors"))
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    assert set(open_checkpoint(tmp_path / "link").tensors) == set(TENSORS)
+
+
+@pytest.mark.parametrize("by_index", [False, True])
+def test_weights_that_are_a_link_out_of_their_directory_are_refused(tmp_path: Path, by_index: bool) -> None:
+    save_model(tmp_path / "private", TENSORS)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "x.safetensors").symlink_to(Path("../private/model.safetensors"))
+    if by_index:
+        write_index(tmp_path / "model", dict.fromkeys(TENSORS, "x.safetensors"))
+    with pytest.raises(InputError, match=r"x\.safetensors: is a link to .*private.*, outside .*model\."):
+        open_checkpoint(tmp_path / "model")
 
 
 def test_the_fingerprint_changes_with_header_size_and_time(tmp_path: Path) -> None:
