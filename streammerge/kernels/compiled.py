@@ -198,7 +198,9 @@ def compiler_missing() -> str | None:
 
 def can_be_compiled(program: Program, grain: Grain) -> bool:
     """Whether a program is of blocks, or sees its rows beforehand and then a block at most."""
-    return grain.width is None or (program.orders is not None and grain.unit <= BLOCK)
+    if program.orders is not None:
+        return grain.width is None or grain.unit <= BLOCK
+    return grain.width is None and not any("any" in argument.shape for argument in program.arguments)
 
 
 @cache

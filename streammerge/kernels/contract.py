@@ -77,7 +77,7 @@ class Tile(NamedTuple):
 class Argument:
     """One argument of a program: `shape` counts models as "K"; a `dtype` of None is the work dtype.
 
-    "any" is a size that the tensor decides, for programs by rows only: those are never compiled.
+    "any" is a size that the tensor decides: such programs are never compiled.
     """
 
     name: str

@@ -15,6 +15,9 @@ def scaled(tile: Tile, arguments: Arguments) -> Tensor:
     return tile.models[0] * arguments["scale"]
 
 
+# Without a scale.
+AS_IT_IS = Settings({}, {"scale": (None,)})
+
 _PROGRAM = Program(scaled, (Argument("scale", (1,)),), merges=True)
 
 

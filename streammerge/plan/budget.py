@@ -100,6 +100,8 @@ def make_schedule(plan: Plan, *, limit_bytes: int, limited_by: str, allowed: boo
     widest = max((-(-unit // BLOCK) for unit in units), default=1)
     work = threads * (_WORK_PER_THREAD + models * _WORK_PER_MODEL) * widest
     work += _DRAWS if plan.draws_in_turn else 0
+    # Those of the tensor before may still be there.
+    work += 2 * max(tensor.factor_bytes for tensor in (*plan.tensors, *plan.asked))
     dirty = min(max(_LEAST_DIRTY, min(_MOST_DIRTY, limit_bytes // 8)), max(plan.bytes_to_write, 1))
     fixed = baseline_bytes + work + dirty
     room = limit_bytes - _reserve(limit_bytes) - fixed

@@ -10,12 +10,12 @@ import torch
 from streammerge.base.dtypes import DTYPES, promote
 from streammerge.base.errors import RecipeError, ShapeMismatch
 from streammerge.kernels.contract import Method, Settings
-from streammerge.methods.passthrough import PASSTHROUGH
+from streammerge.methods.passthrough import AS_IT_IS, PASSTHROUGH
 from streammerge.plan.names import in_layer, layer_of
 from streammerge.plan.parameters import resolve, unmatched_filters
 from streammerge.plan.places import Place, Places, listing, shorten
 from streammerge.plan.recipe import Recipe, Stage
-from streammerge.plan.view import Operand, View, view_of
+from streammerge.plan.view import Model, Operand, View, view_of
 from streammerge.storage.checkpoint import Checkpoint
 
 
@@ -54,15 +54,15 @@ class Draft:
 
 
 def draft_stages(
-    recipe: Recipe, checkpoints: Sequence[Checkpoint], *, sequential: bool = False
+    recipe: Recipe, models: Sequence[Model], checkpoints: Sequence[Checkpoint], *, sequential: bool = False
 ) -> tuple[list[View], list[str]]:
-    """What every stage makes, in their order; and warnings. Raises RecipeError, or ShapeMismatch for shapes alone.
+    """What every stage makes, in their order; and warnings. `models` are one per `recipe.inputs`.
+
+    Raises RecipeError, ShapeMismatch for shapes alone, UserError for an adapter that does not fit.
 
     With `sequential`, random numbers are drawn as mergekit draws them.
     """
-    views = {
-        model: view_of(model, i, each) for i, (model, each) in enumerate(zip(recipe.inputs, checkpoints, strict=True))
-    }
+    views = {model.reference: view_of(model, checkpoints) for model in models}
     warnings: list[str] = []
     results = []
     for number, stage in enumerate(recipe.stages):
@@ -86,9 +86,6 @@ def _unlike_layers(places: Sequence[Place], operands: Mapping[str, Sequence[Oper
             found = f"{like.name} is {list(shape)} and {place.name} is {list(other)}"
             return [f"{found}: a model whose layers are of different widths does not load in most programs"]
     return []
-
-
-_AS_IT_IS = Settings({}, {"scale": (None,)})
 
 
 class _Drafting:
@@ -129,7 +126,7 @@ class _Drafting:
             for name in places.left:
                 alone = (self._views[stage.donor].tensors[name],)
                 tensors[name] = Draft(
-                    self._output_dtype(alone), alone[0].shape, PASSTHROUGH, _AS_IT_IS, alone, False, prefix + name,
+                    self._output_dtype(alone), alone[0].shape, PASSTHROUGH, AS_IT_IS, alone, False, prefix + name,
                     self._number,
                 )  # fmt: skip
         return View(stage.name or "", tensors, tuple(places.origins))

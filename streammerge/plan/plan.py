@@ -22,6 +22,7 @@ from streammerge.plan.group import with_one_work
 from streammerge.plan.layout import ShardLayout, lay_out
 from streammerge.plan.recipe import Recipe
 from streammerge.plan.tensor import UNWRITTEN, TensorPlan, work_of
+from streammerge.plan.view import Model
 from streammerge.storage.checkpoint import Checkpoint
 
 # Raised when a change alters the bytes of an output.
@@ -33,12 +34,14 @@ class Plan:
     """What a merge will write. `tensors` are in the order of the output bytes: shard by shard, by offset.
 
     `asked` are tensors of earlier stages that the output does not use, but surveys of their stage must see.
-    `checkpoints` are one per `recipe.inputs`, the one first whose config and tokenizer the output takes; `settings` are
-    the parameters of the last stage, by tensor. `layers` says which checkpoint's layer, if only for config.json, is
+    `models` are one per `recipe.inputs`, and the first `checkpoints` theirs, each once, that one first whose config and
+    tokenizer the output takes; after them come those of adapters. `settings` are the parameters of the last stage, by
+    tensor. `layers` says which checkpoint's layer, if only for config.json, is
     behind each layer of the output.
     """
 
     recipe: Recipe
+    models: tuple[Model, ...]
     checkpoints: tuple[Checkpoint, ...]
     tensors: tuple[TensorPlan, ...]
     asked: tuple[TensorPlan, ...]
@@ -69,19 +72,19 @@ class Plan:
         return sum(shard.nbytes for shard in self.shards)
 
 
-def build_plan(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, seed: int, shard_bytes: int,
-               strict: bool = False, sequential: bool = False) -> Plan:  # fmt: skip
-    """The plan of `recipe` over its checkpoints (one per `recipe.inputs`, in that order). `strict`: no warnings pass.
+def build_plan(recipe: Recipe, models: Sequence[Model], checkpoints: Sequence[Checkpoint], *, seed: int,
+               shard_bytes: int, strict: bool = False, sequential: bool = False) -> Plan:  # fmt: skip
+    """The plan of `recipe` over its models (one per `recipe.inputs`, in that order). `strict`: no warnings pass.
 
     With `sequential`, random numbers are drawn one after the other, as mergekit draws them.
 
-    Raises ShapeMismatch when only shapes disagree, RecipeError for everything else; both name every tensor (the first
-    ten) that is wrong.
+    Raises ShapeMismatch when only shapes disagree, UserError when an adapter does not fit, RecipeError for everything
+    else; all name every tensor (the first ten) that is wrong.
     """
     if sequential and not recipe.is_simple:
         advice = "--rng mergekit works for one document with `models:`, not for slices, modules or several documents"
         raise RecipeError(str(recipe.path), [advice])
-    results, warnings = draft_stages(recipe, checkpoints, sequential=sequential)
+    results, warnings = draft_stages(recipe, models, checkpoints, sequential=sequential)
     result = results[-1]
     if strict and warnings:
         raise RecipeError(str(recipe.path), warnings)
@@ -105,13 +108,14 @@ def build_plan(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, seed: int, 
     together = with_one_work([*tensors, *asked])
     tensors, asked = together[: len(tensors)], together[len(tensors) :]
     settings = {name: draft.settings for name, draft in drafts.items() if isinstance(draft, Draft)}
-    facts = _facts(recipe, checkpoints, together, settings, shards, seed)
-    return Plan(recipe, tuple(checkpoints), tuple(tensors), tuple(asked), settings, result.origins, shards, seed, facts,
-                (*recipe.warnings, *warnings))  # fmt: skip
+    facts = _facts(recipe, models, checkpoints, together, settings, shards, seed)
+    return Plan(recipe, tuple(models), tuple(checkpoints), tuple(tensors), tuple(asked), settings, result.origins,
+                shards, seed, facts, (*recipe.warnings, *warnings))  # fmt: skip
 
 
-def _facts(recipe: Recipe, checkpoints: Sequence[Checkpoint], tensors: Sequence[TensorPlan],
-           settings: Mapping[str, Settings], shards: Sequence[ShardLayout], seed: int) -> dict[str, Any]:  # fmt: skip
+def _facts(recipe: Recipe, models: Sequence[Model], checkpoints: Sequence[Checkpoint],
+           tensors: Sequence[TensorPlan], settings: Mapping[str, Settings], shards: Sequence[ShardLayout],
+           seed: int) -> dict[str, Any]:  # fmt: skip
     """What the digest is made of, and what a refusal to resume compares."""
     return {
         "format": FORMAT,
@@ -120,16 +124,18 @@ def _facts(recipe: Recipe, checkpoints: Sequence[Checkpoint], tensors: Sequence[
         "dtype": recipe.last.dtype,
         "out_dtype": recipe.last.out_dtype,
         "inputs": [
-            {
-                "model": model,
-                "files": {file.name: [file.size, file.mtime_ns, file.header] for file in checkpoint.files},
-            }
-            for model, checkpoint in zip(recipe.inputs, checkpoints, strict=True)
+            {"model": model.reference, "files": _file_facts(checkpoints[model.checkpoint])}
+            | ({} if model.adapter is None else {"adapter": _file_facts(checkpoints[model.adapter[0]])})
+            for model in models
         ],
         "shards": {shard.name: xxhash.xxh3_128_hexdigest(shard.header) for shard in shards},
         "parameters": _parameter_facts(settings),
         "work": _work_facts(tensors),
     }
+
+
+def _file_facts(checkpoint: Checkpoint) -> dict[str, list[Any]]:
+    return {file.name: [file.size, file.mtime_ns, file.header] for file in checkpoint.files}
 
 
 def _work_facts(tensors: Sequence[TensorPlan]) -> str:
@@ -141,7 +147,7 @@ def _work_facts(tensors: Sequence[TensorPlan]) -> str:
         reads = [[read.checkpoint, read.spec.name] for read in tensor.reads]
         steps = [
             [step.method.name, named[id(step.settings)], step.operands, step.has_base, step.dtype, step.work,
-             step.stream]
+             step.stream, *([] if step.change is None else [step.change.facts])]
             for step in tensor.steps
         ]  # fmt: skip
         hashing.update(json.dumps([tensor.name, tensor.dtype, reads, steps]).encode())

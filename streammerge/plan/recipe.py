@@ -22,6 +22,7 @@ from streammerge.base.errors import InputError, RecipeError
 from streammerge.kernels.contract import Method
 from streammerge.methods import METHODS
 from streammerge.plan.analysis import AnalysisOptions, Decisions
+from streammerge.plan.reference import parse_reference
 from streammerge.plan.setting import Setting, parse_setting
 
 _MAX_BYTES = 4_000_000
@@ -56,17 +57,22 @@ def _settings(content: Any) -> Any:
 
 
 def _reference(content: Any) -> Any:
-    """mergekit's map {model: {path, revision}, lora, override_architecture} as the path in it."""
+    """mergekit's map {model: {path, revision}, lora: {path, revision}} as text: `path@revision+path@revision`."""
     if not isinstance(content, dict):
         return content
     inner = content.get("model", content)
-    path = inner.get("path") if isinstance(inner, dict) else inner
-    if not isinstance(path, str):
-        raise ValueError("expected a path, or a map {model: {path: …}}")
-    for key, value in {**content, **(inner if isinstance(inner, dict) else {})}.items():
-        if key in ("lora", "revision") and value is not None:
-            raise ValueError(f"{key}: still to come; merge or download it first")
-    return path
+    text = _named(inner)
+    if content.get("lora") is not None:
+        text += f"+{_named(content['lora'])}"
+    return text
+
+
+def _named(content: Any) -> str:
+    """A path, or a map of a path and a revision, as text."""
+    path, revision = (content.get("path"), content.get("revision")) if isinstance(content, dict) else (content, None)
+    if not isinstance(path, str) or not isinstance(revision, str | None):
+        raise ValueError("expected a path, or a map {model: {path: …, revision: …}, lora: {path: …}}")
+    return path if revision is None else f"{path}@{revision}"
 
 
 class _Source(_Document):
@@ -282,9 +288,9 @@ def parse_recipe(text: str, path: Path, *, strict: bool = False) -> Recipe:
             document = _Recipe.model_validate(content)
         except ValidationError as error:
             problems += [_problem(details, lines) for details in error.errors()]
-            problems += _problems_of_the_rest(content, [details["loc"] for details in error.errors()], lines)
+            problems += _problems_of_the_rest(content, [details["loc"] for details in error.errors()], lines, path)
             continue
-        found, warned = _Checks(document, lines).run()
+        found, warned = _Checks(document, lines, path).run()
         problems += found
         warnings += warned
         documents.append((document, lines))
@@ -341,7 +347,7 @@ def _in_order(documents: list[_Recipe], path: Path) -> list[_Recipe]:
     return ordered
 
 
-def _problems_of_the_rest(content: Any, places: list[Place], lines: dict[Place, int]) -> list[str]:
+def _problems_of_the_rest(content: Any, places: list[Place], lines: dict[Place, int], path: Path) -> list[str]:
     """What else is wrong with a recipe once the values at `places` are taken out, if it can be read then."""
     if any(place == ("models",) or "layer_range" in place for place in places):
         return []
@@ -357,7 +363,7 @@ def _problems_of_the_rest(content: Any, places: list[Place], lines: dict[Place, 
         document = _Recipe.model_validate(rest)
     except ValidationError:
         return []
-    return _Checks(document, lines).run()[0]
+    return _Checks(document, lines, path).run()[0]
 
 
 def _read_yaml(text: str, path: Path) -> list[tuple[Any, dict[Place, int]]]:
@@ -431,8 +437,8 @@ def _where(place: Place, lines: dict[Place, int]) -> str:
 class _Checks:
     """What a schema cannot say: the method, its parameters, the number of models."""
 
-    def __init__(self, document: _Recipe, lines: dict[Place, int]) -> None:
-        self._document, self._lines = document, lines
+    def __init__(self, document: _Recipe, lines: dict[Place, int], path: Path) -> None:
+        self._document, self._lines, self._path = document, lines, path
         self._problems: list[str] = []
         self._warnings: list[str] = []
 
@@ -441,16 +447,16 @@ class _Checks:
         self._unknown_keys(document, ())
         for source, place in _sources(document):
             self._unknown_keys(source, place)
-            self._path(source.model, (*place, "model"))
+            self._reference(source.model, (*place, "model"))
         for owner, place in _owners(document):
             self._unknown_keys(owner, place)
             if isinstance(owner, _Slice) and owner.residual_weight is not None:
                 self._warn((*place, "residual_weight"), "has no effect, as in mergekit")
             base = getattr(owner, "base_model", None)
             if base is not None:
-                self._path(base, (*place, "base_model"))
+                self._reference(base, (*place, "base_model"))
         if document.base_model is not None:
-            self._path(document.base_model, ("base_model",))
+            self._reference(document.base_model, ("base_model",))
         if document.tokenizer_source not in (None, "base"):
             self._problem(("tokenizer_source",), "only `base` works yet; other tokenizers are still to come")
         stored = document.out_dtype or document.dtype
@@ -482,9 +488,11 @@ class _Checks:
             else:
                 self._warn((*place, key), f"unknown key, ignored.{nearest(key, known)}")
 
-    def _path(self, model: str, place: Place) -> None:
-        if "+" in model and not _exists(_expanded(model)):
-            self._problem(place, f"{model!r} names an adapter after `+`; adapters are still to come. Merge it first")
+    def _reference(self, model: str, place: Place) -> None:
+        try:
+            parse_reference(model, self._path)
+        except ValueError as error:
+            self._problem(place, str(error))
 
     def _nearest_method(self) -> str:
         return nearest(self._document.merge_method, list(METHODS)) or f" There are {', '.join(METHODS)}."
@@ -639,33 +647,3 @@ def _slice(method: Method, sources: list[_Source], base_model: str | None, param
             # As mergekit does: a base that the method does not treat as one joins as the last ordinary input.
             models.append(base)
     return Slice(base if method.base != "ignored" else None, tuple(models), parameters)
-
-
-def resolve_model(model: str, recipe_path: Path) -> Path:
-    """Where a model named in a recipe is: relative to the working directory, or else to the recipe's own.
-
-    Raises InputError when it is in neither.
-    """
-    written = _expanded(model)
-    for path in [written] if written.is_absolute() else [written, recipe_path.parent / written]:
-        if _exists(path):
-            return path
-    places = f"{Path.cwd()}" if recipe_path.parent.resolve() == Path.cwd() else f"{Path.cwd()} and {recipe_path.parent}"
-    hub = " Names on the Hub are still to come: download it first." if model.count("/") == 1 else ""
-    raise InputError(f"{recipe_path}: model {model!r} is not there (looked in {places}).{hub}")
-
-
-def _expanded(model: str) -> Path:
-    try:
-        return Path(model).expanduser()
-    except RuntimeError:
-        # `~name` of nobody known here.
-        return Path(model)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        # A name that no file can have, or a directory nobody may look into.
-        return False

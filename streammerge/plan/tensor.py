@@ -10,8 +10,11 @@ from typing import Any, Literal
 
 from streammerge.base.dtypes import DTYPES
 from streammerge.kernels.contract import BLOCK, Grain, Method, Settings, grain_of
+from streammerge.kernels.fold import FOLD, fold_settings
+from streammerge.methods.passthrough import AS_IT_IS, PASSTHROUGH
+from streammerge.plan.adapter import Change
 from streammerge.plan.draft import Draft
-from streammerge.plan.view import Operand, Read
+from streammerge.plan.view import Folded, Operand, Read
 
 # The shard of a tensor that is only looked at.
 UNWRITTEN = -1
@@ -22,8 +25,8 @@ class Step:
     """One merge: a method over some operands, base first if `has_base`.
 
     An operand below the number of a tensor's reads is one of them, the next ones are the results of earlier steps.
-    `work` is the dtype of the arithmetic, F32 or F64; `stream` names the random bits. `found` is what a survey of many
-    tensors found for this one, once there was one.
+    `work` is the dtype of the arithmetic, F32 or F64; `stream` names the random bits ("" where there are none).
+    `found` is what a survey of many tensors found for this one, once there was one.
     """
 
     method: Method
@@ -35,6 +38,8 @@ class Step:
     stream: str
     stage: int
     found: Any = None
+    # What a step of FOLD folds in.
+    change: Change | None = None
 
     def grain(self, shape: Sequence[int]) -> Grain:
         return grain_of(shape, by_rows=self.method.by_rows(self.settings))
@@ -60,6 +65,12 @@ class TensorPlan:
     @property
     def nbytes(self) -> int:
         return self.elements * DTYPES[self.dtype].itemsize
+
+    @property
+    def factor_bytes(self) -> int:
+        """The most that the factors of its adapters take, in float64, with what is read for them."""
+        changes = [step.change for step in self.steps if step.change is not None]
+        return sum(spec.elements * 16 for change in changes for spec in change.specs)
 
     @property
     def read_bytes(self) -> int:
@@ -101,16 +112,34 @@ def work_of(draft: Operand) -> tuple[tuple[Read, ...], tuple[Step, ...]]:
     reads: list[Read] = []
     # A step is an operand by its number, counted from −1 downwards until the number of reads is known.
     steps: list[Step] = []
-    known: dict[int, int] = {}
+    known: dict[int | tuple[Folded, str], int] = {}
+
+    def folded(of: Folded, dtype: str) -> int:
+        """The number of a tensor as an adapter makes it, in this dtype."""
+        if of.change is None and of.read.dtype == dtype:
+            return operand(of.read)
+        if (of, dtype) not in known:
+            read, change = operand(of.read), of.change
+            if change is None:
+                steps.append(Step(PASSTHROUGH, AS_IT_IS, (read,), False, dtype, "F64", "", 0))
+            else:
+                settings = fold_settings(norms=change.magnitude is not None, columns=change.transposed)
+                steps.append(Step(FOLD, settings, (read,), False, dtype, "F64", "", 0, change=change))
+            known[of, dtype] = -len(steps)
+        return known[of, dtype]
 
     def operand(of: Operand) -> int:
         if isinstance(of, Read):
             if of not in reads:
                 reads.append(of)
             return reads.index(of)
+        if isinstance(of, Folded):
+            wide = "F64" if "F64" in (of.dtype, of.read.dtype) else "F32"
+            return folded(of, of.read.dtype if of.change is None else wide)
         assert isinstance(of, Draft)
         if (copied := of.copied) is not None:
-            return operand(copied)
+            # A stage's result is what it would be if it were written.
+            return folded(copied, of.dtype) if isinstance(copied, Folded) else operand(copied)
         if id(of) not in known:
             operands = tuple(operand(each) for each in of.operands)
             work = "F64" if "F64" in {of.dtype, *(each.dtype for each in of.operands)} else "F32"
@@ -128,8 +157,9 @@ def work_of(draft: Operand) -> tuple[tuple[Read, ...], tuple[Step, ...]]:
 
 def _leaves(draft: Operand) -> Iterator[Read]:
     """Everything that a tensor is made of. Of integers all of it must agree."""
-    if isinstance(draft, Read):
-        yield draft
+    if isinstance(draft, Read | Folded):
+        # Integers are in no adapter's change.
+        yield draft.read if isinstance(draft, Folded) else draft
         return
     assert isinstance(draft, Draft)
     for each in draft.operands:

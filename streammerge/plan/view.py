@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from streammerge.plan.adapter import Adapter, Change, changes_of
 from streammerge.plan.names import stacks
 from streammerge.storage.checkpoint import Checkpoint, TensorSpec
 
@@ -39,6 +40,31 @@ class Read:
 
 
 @dataclass(frozen=True)
+class Folded:
+    """A tensor as an adapter makes it: of the base with a change in it, or one that the adapter brings whole.
+
+    It counts as of the base's `dtype`, but is rounded to that only when it is the result as it stands.
+    """
+
+    read: Read
+    change: Change | None
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.read.shape
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the recipe, by the numbers of its checkpoint and its adapter's in the plan."""
+
+    reference: str
+    checkpoint: int
+    adapter: tuple[int, Adapter] | None = None
+
+
+@dataclass(frozen=True)
 class View:
     """A model: its tensors by name, in order, and for each layer of its only stack the checkpoint's layer behind it."""
 
@@ -51,10 +77,20 @@ class View:
         return len(self.origins)
 
 
-def view_of(model: str, number: int, checkpoint: Checkpoint) -> View:
-    """A checkpoint as a stage sees it. Layers are counted in its only stack, or else in the longest."""
-    depth = max(stacks(checkpoint.tensors).values(), default=0)
+def view_of(model: Model, checkpoints: Sequence[Checkpoint]) -> View:
+    """A model as a stage sees it. Layers are counted in its only stack, or else in the longest.
+
+    Raises UserError when its adapter does not fit.
+    """
+    number, own = model.checkpoint, checkpoints[model.checkpoint].tensors
+    depth = max(stacks(own).values(), default=0)
     # A name may hold any number: then nothing is known of layers.
     depth = depth if depth <= MOST_LAYERS else 0
-    tensors = {name: Read(number, spec) for name, spec in checkpoint.tensors.items()}
-    return View(model, tensors, tuple((number, layer) for layer in range(depth)))
+    tensors: dict[str, Operand] = {name: Read(number, spec) for name, spec in own.items()}
+    if model.adapter is not None:
+        second, adapter = model.adapter
+        changes, saved = changes_of(adapter, second, own, model.reference)
+        for name in {**saved, **changes}:
+            read = Read(second, saved[name]) if name in saved else Read(number, own[name])
+            tensors[name] = Folded(read, changes.get(name), own[name].dtype)
+    return View(model.reference, tensors, tuple((number, layer) for layer in range(depth)))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from streammerge.base.errors import InputError, Stopped
 from streammerge.kernels.chance import block_keys, stream_key
-from streammerge.kernels.contract import BLOCK, Arguments, Grain, Look, Problem, Program
+from streammerge.kernels.contract import BLOCK, Arguments, Grain, Look, Problem, Program, round_once
 from streammerge.kernels.dtypes import torch_dtype
+from streammerge.kernels.fold import Factors, factors, fold_span
+from streammerge.plan.adapter import Change
 from streammerge.plan.budget import SCRATCH_BLOCKS, Schedule, stays, tile_elements
 from streammerge.plan.tensor import TensorPlan
 from streammerge.run.arena import Area, Arena
@@ -79,6 +82,9 @@ class Looker:
                  stopping: Callable[[], bool]) -> None:  # fmt: skip
         self._schedule, self._sources, self._arena = schedule, sources, arena
         self._reader, self._lane, self._stopping = reader, lane, stopping
+        # The factors of the adapters of one tensor, the one in work.
+        self._factors: dict[Change, Factors] = {}
+        self._factors_of: TensorPlan | None = None
 
     def reads_again(self, tensor: TensorPlan) -> bool:
         """Whether the tiles of a tensor are asked for more than once."""
@@ -111,6 +117,9 @@ class Looker:
         """Find the arguments of all steps, or the first `steps`. Returns the tiles to go on with, asked for."""
         for number in range(len(work.arguments), len(work.tensor.steps) if steps is None else steps):
             step = work.tensor.steps[number]
+            problem = work.problem(number)
+            if step.change is not None:
+                problem = replace(problem, found=self._loaded(work.tensor, step.change))
 
             def answer(look: Look, number: int = number) -> Any:
                 nonlocal tiles
@@ -122,7 +131,7 @@ class Looker:
                     self._reader.request(tiles)
                 return found
 
-            work.arguments.append(solve(step.method.measure(work.problem(number)), answer))
+            work.arguments.append(solve(step.method.measure(problem), answer))
         return tiles
 
     def make(self, work: Work, tile: Tile, steps: int) -> None:
@@ -139,7 +148,34 @@ class Looker:
         program = step.method.program(step.settings)
         stretch = work.stretch(number, program, areas, start, elements, starts, needs_starts=program.needs_starts)
         signature = work.signatures[number]._replace(out=torch_dtype(step.dtype))
-        return self._lane.merge(program, signature, stretch, out, work.arguments[number])
+        return self._lane.merge(program, signature, stretch, out, self._arguments(work, number))
+
+    def _arguments(self, work: Work, number: int) -> Arguments:
+        """Those that were measured, and the factors of an adapter: these are not kept for every tensor."""
+        change = work.tensor.steps[number].change
+        measured = work.arguments[number]
+        return measured if change is None else {**self._loaded(work.tensor, change).arguments, **measured}
+
+    def _loaded(self, tensor: TensorPlan, change: Change) -> Factors:
+        """The factors of one change of a tensor; those of other tensors are forgotten."""
+        if self._factors_of is not tensor:
+            self._factors.clear()
+            self._factors_of = tensor
+        if change not in self._factors:
+            source = self._sources[change.checkpoint]
+            stored = []
+            for spec in change.specs:
+                values = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
+                # Through bytes: numpy knows no bfloat16.
+                source.read_into(memoryview(values.view(-1).view(torch.uint8).numpy().data), spec.file, spec.offset)
+                self._reader.bytes_read += spec.nbytes
+                stored.append(values)
+            left, right, *norms = stored
+            self._factors[change] = factors(
+                left, right, norms[0] if norms else None, rank=change.rank, scale=change.scale,
+                transposed=change.transposed,
+            )  # fmt: skip
+        return self._factors[change]
 
     def look_at_all(self, work: Work, number: int, look: Look, tiles: list[Tile], *, keep: bool) -> Any:
         """Answer a step's look from all tiles, which were asked for; they are given back unless they are to be kept."""
@@ -190,7 +226,10 @@ class Looker:
                 area.zero_from(at)
             for earlier in range(number):
                 out = areas[len(reads) + earlier]
-                self.run_step(work, earlier, areas, out, 0, elements, starts).ready()
+                if tensor.steps[earlier].change is not None:
+                    self._fold_pack(work, earlier, areas, out, pack)
+                else:
+                    self.run_step(work, earlier, areas, out, 0, elements, starts).ready()
             stretch = work.stretch(number, look.program, areas, 0, elements, starts, needs_starts=True)
             for part in self._lane.look(look, work.signatures[number], stretch)():
                 if look.fold is not None:
@@ -198,6 +237,17 @@ class Looker:
                 else:
                     parts.append(part)
         return look.answer(parts)
+
+    def _fold_pack(self, work: Work, number: int, areas: Sequence[Area], out: Area,
+                   pack: Sequence[tuple[int, int]]) -> None:  # fmt: skip
+        """Fold a change into packed spans: what is added to an element goes by its place in the tensor."""
+        step, arguments, at = work.tensor.steps[number], self._arguments(work, number), 0
+        values, folded = areas[step.operands[0]].tensor.view(-1), out.tensor.view(-1)
+        for start, count in pack:
+            span = fold_span(values[at : at + count], start, arguments, step.settings)
+            folded[at : at + count] = round_once(span, folded.dtype)
+            at += count
+        out.zero_from(at)
 
     def _gather(self, into: Sequence[Area], tiles: list[Tile], start: int, elements: int, at: int) -> None:
         """Copy elements [start, start + elements) out of tiles in memory, to element `at` on."""

@@ -21,11 +21,14 @@ from streammerge.base.errors import DoesNotFit, InputError, RecipeError, Stopped
 from streammerge.base.units import format_size
 from streammerge.kernels.compiled import Cache, Run, Signature
 from streammerge.kernels.contract import Program
+from streammerge.plan.adapter import open_adapter
 from streammerge.plan.budget import Schedule, bytes_to_read, make_schedule
 from streammerge.plan.layout import DEFAULT_SHARD_BYTES, index_file
 from streammerge.plan.plan import Plan, build_plan
-from streammerge.plan.recipe import Recipe, load_recipe, resolve_model
+from streammerge.plan.recipe import Recipe, load_recipe
+from streammerge.plan.reference import parse_reference, resolve_local
 from streammerge.plan.tensor import TensorPlan
+from streammerge.plan.view import Model
 from streammerge.run.arena import Arena
 from streammerge.run.check import verify, verify_inputs
 from streammerge.run.compiling import Compile, consider
@@ -48,7 +51,7 @@ from streammerge.run.sidefiles import (
     side_files,
 )
 from streammerge.run.survey import SurveyBook, survey
-from streammerge.storage.checkpoint import open_checkpoint
+from streammerge.storage.checkpoint import Checkpoint, open_checkpoint
 from streammerge.storage.sink import Shard, free_bytes, partial_path, write_file
 from streammerge.storage.source import Source
 
@@ -122,21 +125,15 @@ def make_plan(recipe_path: Path, options: Options) -> Plan:
 
 def plan_recipe(recipe: Recipe, options: Options) -> Plan:
     """Find and open the models of a recipe, and plan."""
-    recipe_path = recipe.path
     if options.rng == "mergekit" and not 0 <= options.seed < 2**32:
         raise UserError(f"--seed {options.seed}: mergekit's are from 0 to {2**32 - 1}.")
-    paths = _resolve_all(recipe)
-    for i, path in enumerate(paths):
-        if (first := next(j for j, other in enumerate(paths) if other.samefile(path))) < i:
-            same = f"{recipe.inputs[first]} and {recipe.inputs[i]} are the same model; list it once"
-            raise RecipeError(str(recipe_path), [same])
-    checkpoints = [open_checkpoint(path) for path in paths]
+    models, checkpoints = open_models(recipe)
     made = build_plan(
-        recipe, checkpoints, seed=options.seed, shard_bytes=options.shard_bytes, strict=options.strict,
+        recipe, models, checkpoints, seed=options.seed, shard_bytes=options.shard_bytes, strict=options.strict,
         sequential=options.rng == "mergekit",
     )  # fmt: skip
     kinds = {
-        model: kind for model, each in zip(recipe.inputs, checkpoints, strict=True) if (kind := architecture(each))
+        model.reference: kind for model in models if (kind := architecture(checkpoints[model.checkpoint])) is not None
     }
     if len(set(kinds.values())) > 1:
         listed = ", ".join(f"{model} is {kind}" for model, kind in kinds.items())
@@ -144,17 +141,41 @@ def plan_recipe(recipe: Recipe, options: Options) -> Plan:
     return made
 
 
-def _resolve_all(recipe: Recipe) -> list[Path]:
-    """Where the models are. Raises InputError, with all that are not there."""
-    paths, missing = [], []
-    for model in recipe.inputs:
+def open_models(recipe: Recipe) -> tuple[list[Model], list[Checkpoint]]:
+    """The models of a recipe, and their checkpoints, each once, with those of adapters last.
+
+    Raises InputError, with all that are not there, and RecipeError when two are the same.
+    """
+    places: list[tuple[str, Path, Path | None]] = []
+    missing = []
+    for text in recipe.inputs:
+        reference = parse_reference(text, recipe.path)
         try:
-            paths.append(resolve_model(model, recipe.path))
+            adapter = None if reference.adapter is None else resolve_local(reference.adapter, recipe.path)
+            places.append((text, resolve_local(reference.model, recipe.path), adapter))
         except InputError as error:
             missing.append(str(error))
     if missing:
         raise InputError("\n".join(missing))
-    return paths
+    first: dict[tuple[Path, Path | None], str] = {}
+    for text, path, adapter in places:
+        same = first.setdefault((path.resolve(), adapter and adapter.resolve()), text)
+        if same != text:
+            raise RecipeError(str(recipe.path), [f"{same} and {text} are the same model; list it once"])
+    bases = {path.resolve(): path for _, path, _ in reversed(places)}
+    order = list(dict.fromkeys(path.resolve() for _, path, _ in places))
+    adapters = {adapter.resolve(): open_adapter(adapter) for _, _, adapter in places if adapter is not None}
+    numbers = {path: len(order) + i for i, path in enumerate(adapters)}
+    models = [
+        Model(
+            text,
+            order.index(path.resolve()),
+            None if adapter is None else (numbers[adapter.resolve()], adapters[adapter.resolve()]),
+        )
+        for text, path, adapter in places
+    ]
+    opened = [open_checkpoint(bases[path]) for path in order]
+    return models, [*opened, *(adapter.checkpoint for adapter in adapters.values())]
 
 
 def schedule_for(plan: Plan, options: Options) -> Schedule:

@@ -18,6 +18,7 @@ from streammerge.base.dtypes import RECIPE_DTYPES
 from streammerge.base.errors import InputError
 from streammerge.plan.names import stacks
 from streammerge.plan.plan import Plan
+from streammerge.plan.view import Model
 from streammerge.storage.checkpoint import Checkpoint, leads_outside
 
 RECIPE_NAME = "mergekit_config.yml"
@@ -185,25 +186,27 @@ def _set_dtype(plan: Plan, config: dict[str, Any]) -> bool:
 
 def model_card(plan: Plan) -> bytes:
     """A README.md the Hub understands: what was merged, how, from what under which licence."""
-    licences = [_licence(checkpoint.directory) for checkpoint in plan.checkpoints]
-    known = sorted({licence for licence in licences if licence})
+    licences = [_licences(plan, model) for model in plan.models]
+    every = {licence for own in licences for licence in own}
+    known = sorted({licence for licence in every if licence})
     front: dict[str, object] = {
         "library_name": "transformers",
         "tags": ["merge", "mergekit", "streammerge"],
     }
     # The Hub knows names, not somebody's folders.
-    named = [model for model in plan.recipe.inputs if _HUB_NAME.fullmatch(model)]
+    named = [model.reference for model in plan.models if _HUB_NAME.fullmatch(model.reference)]
     if named:
         front["base_model"] = named
-    if len(known) == 1 and all(licences):
+    if len(known) == 1 and None not in every:
         front["license"] = known[0]
     elif known:
         front["license"] = "other"
         front["license_name"] = "licences-of-the-inputs"
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", plan.recipe.text)), default=0))
     rows = "\n".join(
-        f"| {'base' if model in plan.recipe.bases else 'model'} | {_cell(model)} | {licence or 'not stated'} |"
-        for model, licence in zip(plan.recipe.inputs, licences, strict=True)
+        f"| {'base' if model.reference in plan.recipe.bases else 'model'} | {_cell(model.reference)} | "
+        f"{' and '.join(licence or 'not stated' for licence in own)} |"
+        for model, own in zip(plan.models, licences, strict=True)
     )
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n"
@@ -216,6 +219,12 @@ def model_card(plan: Plan) -> bytes:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _licences(plan: Plan, model: Model) -> list[str | None]:
+    """The licence of a model, and that of its adapter."""
+    numbers = [model.checkpoint, *([] if model.adapter is None else [model.adapter[0]])]
+    return [_licence(plan.checkpoints[number].directory) for number in numbers]
 
 
 def _licence(directory: Path) -> str | None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from streammerge.plan.recipe import Recipe, resolve_model
+from streammerge.plan.recipe import Recipe
+from streammerge.plan.reference import parse_reference, resolve_local
 
 
 def decided_recipe(recipe: Recipe, parameters: Sequence[Mapping[str, Any]], comments: Mapping[str, str],
@@ -54,7 +55,10 @@ def _reference(model: str, recipe: Path, out: Path) -> str:
     """How the recipe at `out` names a model of `recipe`: as it was where that is found, else by its full path."""
     if Path(model).expanduser().is_absolute() or out.parent.resolve() == recipe.parent.resolve():
         return model
-    return os.fspath(resolve_model(model, recipe).resolve())
+    reference = parse_reference(model, recipe)
+    path = os.fspath(resolve_local(reference.model, recipe).resolve())
+    adapter = reference.adapter
+    return path if adapter is None else f"{path}+{resolve_local(adapter, recipe).resolve()}"
 
 
 def _field(name: str, value: Any) -> str:

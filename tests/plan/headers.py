@@ -10,6 +10,7 @@ import xxhash
 from streammerge.plan.layout import DEFAULT_SHARD_BYTES
 from streammerge.plan.plan import Plan, build_plan
 from streammerge.plan.recipe import parse_recipe
+from streammerge.plan.view import Model
 from streammerge.storage.checkpoint import Checkpoint, FileFingerprint, TensorSpec
 from streammerge.storage.header import make_header
 
@@ -43,7 +44,8 @@ def make_plan(text: str, *checkpoints: Checkpoint, seed: int = 0, shard_bytes: i
     """The plan of a recipe over these checkpoints, or over as many equal ones as it has inputs."""
     recipe = parse_recipe(text, Path("recipe.yaml"))
     found = checkpoints or (make_checkpoint(),) * len(recipe.inputs)
-    return build_plan(recipe, found, seed=seed, shard_bytes=shard_bytes)
+    models = [Model(model, i) for i, model in enumerate(recipe.inputs)]
+    return build_plan(recipe, models, found, seed=seed, shard_bytes=shard_bytes)
 
 
 def alter(specs: Specs, **changes: tuple[str, tuple[int, ...]] | None) -> dict[str, tuple[str, tuple[int, ...]]]:

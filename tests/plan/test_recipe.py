@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from streammerge.base.errors import InputError, RecipeError
 from streammerge.methods import METHODS
-from streammerge.plan.recipe import Recipe, load_recipe, parse_recipe, resolve_model
+from streammerge.plan.recipe import Recipe, load_recipe, parse_recipe
+from streammerge.plan.reference import resolve_local
 from streammerge.plan.setting import Entry
 
 LINEAR = "merge_method: linear\nmodels:\n  - model: a\n    parameters: {weight: 1}\n"
@@ -157,7 +158,7 @@ def test_several_mistakes_are_named_at_once_with_their_lines() -> None:
     text = """\
 merge_method: tise
 models:
-  - model: a+lora
+  - model: a+
   - model: b
     paramters: {weight: 1}
 tokenizer_source: union
@@ -165,7 +166,7 @@ chat_template: auto
 """
     assert problems(text, strict=True) == [
         "line 7: chat_template: this part of mergekit's language is still to come; it cannot be merged yet",
-        "line 3: models[0].model: 'a+lora' names an adapter after `+`; adapters are still to come. Merge it first",
+        "line 3: models[0].model: 'a+' names nothing after `+`",
         "line 6: tokenizer_source: only `base` works yet; other tokenizers are still to come",
         "line 1: merge_method: 'tise' is no method here. Did you mean ties?",
         "line 5: models[1].paramters: unknown key, ignored. Did you mean parameters?",
@@ -365,22 +366,22 @@ def test_a_model_is_sought_from_here_and_from_the_recipe(tmp_path: Path, monkeyp
     (tmp_path / "there" / "n").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
     recipe = tmp_path / "there" / "r.yaml"
-    assert resolve_model("m", recipe) == Path("m")
-    assert resolve_model("n", recipe) == tmp_path / "there" / "n"
-    assert resolve_model(str(tmp_path / "here" / "m"), recipe) == tmp_path / "here" / "m"
+    assert resolve_local("m", recipe) == Path("m")
+    assert resolve_local("n", recipe) == tmp_path / "there" / "n"
+    assert resolve_local(str(tmp_path / "here" / "m"), recipe) == tmp_path / "here" / "m"
 
 
 def test_a_model_that_is_nowhere_says_where_it_was_sought(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=rf"model 'x' is not there \(looked in .* and {tmp_path}\)\.$"):
-        resolve_model("x", tmp_path / "r.yaml")
+        resolve_local("x", tmp_path / "r.yaml")
     with pytest.raises(InputError, match="Names on the Hub are still to come: download it first"):
-        resolve_model("acme/math-8b", tmp_path / "r.yaml")
+        resolve_local("acme/math-8b", tmp_path / "r.yaml")
 
 
 def test_a_model_name_that_no_disk_can_hold_is_not_there(tmp_path: Path) -> None:
     for name in ("a\0b", "x" * 300, "~nobody-of-this-name/x"):
         with pytest.raises(InputError, match="is not there"):
-            resolve_model(name, tmp_path / "r.yaml")
+            resolve_local(name, tmp_path / "r.yaml")
 
 
 ANALYSED = """merge_method: hi_merging
