@@ -117,10 +117,10 @@ def _program(settings: Settings) -> Program:
 
 
 def _measure(problem: Problem) -> Measuring:
-    """The share of every row or column. `problem.found` are the factors."""
+    """The factors, which are `problem.found`, and the share of every row or column."""
     found: Factors = problem.found
     if found.magnitude is None:
-        return {}
+        return found.arguments
     columns, width = problem.settings.flag("columns"), found.right.shape[1]
     sums = torch.zeros(len(found.magnitude), dtype=torch.float64)
 
@@ -135,7 +135,7 @@ def _measure(problem: Problem) -> Measuring:
             sums[first : first + len(part)] += part
 
     yield Look(_SQUARES, found.arguments, digest=digest, fold=add)
-    return {"share": found.magnitude / sums.sqrt()}
+    return {**found.arguments, "share": found.magnitude / sums.sqrt()}
 
 
 def _sums_of(block: Tensor, start: int, elements: int, width: int, *, columns: bool) -> tuple[int, Tensor]:

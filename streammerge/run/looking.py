@@ -131,7 +131,11 @@ class Looker:
                     self._reader.request(tiles)
                 return found
 
-            work.arguments.append(solve(step.method.measure(problem), answer))
+            arguments = solve(step.method.measure(problem), answer)
+            if step.change is not None:
+                # The factors of many tensors at once would be too much.
+                arguments = {name: value for name, value in arguments.items() if name == "share"}
+            work.arguments.append(arguments)
         return tiles
 
     def make(self, work: Work, tile: Tile, steps: int) -> None:

@@ -12,18 +12,21 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from streammerge.kernels.contract import Problem, Settings
 from streammerge.kernels.cut import MAGNITUDES, Cut, kept
 from streammerge.kernels.groupcut import group_cuts
+from streammerge.kernels.whole import padded
+from streammerge.methods.passthrough import AS_IT_IS, PASSTHROUGH
 from streammerge.plan.draft import Draft
 from streammerge.plan.group import Group as Scope
 from streammerge.plan.group import groups_of
 from streammerge.plan.names import layer_of
 from streammerge.plan.plan import Plan
 from streammerge.plan.tensor import TensorPlan, work_of
-from streammerge.plan.view import Read
+from streammerge.plan.view import Folded, Operand, view_of
 from streammerge.study.network import Network
 from streammerge.study.variants import Shelf, Variant, Version, make_version
 
@@ -111,6 +114,8 @@ class Family:
         self.groups = _groups(plan.tensors, units, network.num_units, split_blocks, outside)
         self._group_of = {name: i for i, group in enumerate(self.groups) for name in group.names}
         self._checkpoints = [shelf.add(checkpoint) for checkpoint in plan.checkpoints]
+        # The base first.
+        self._views = [view_of(model, plan.checkpoints) for model in plan.models]
         self._versions: dict[Any, Version] = {}
         self._scopes = groups_of(plan.tensors)
         self._ask = ask
@@ -160,9 +165,8 @@ class Family:
         for tensor in self._plan.tensors:
             if not same:
                 break
-            self._shelf.load([self._version_of([replace(tensor, reads=self._reads(tensor), steps=())])])
-            numbered = self._checkpoints[1:]
-            same = {(i, j) for i, j in same if self._shelf.equal(tensor.name, numbered[i], numbered[j])}
+            values = [value.view(torch.uint8) for value in self._inputs(tensor)[1:]]
+            same = {(i, j) for i, j in same if torch.equal(values[i], values[j])}
             self._shelf.forget()
         groups: list[list[int]] = []
         for i in numbers:
@@ -174,13 +178,12 @@ class Family:
         return groups
 
     def stored(self, group: int) -> Iterator[list[Tensor]]:
-        """The inputs of every tensor of a group, base first, (blocks, BLOCK) as stored; one tensor at a time."""
+        """The inputs of every tensor of a group, base first, in buffers as `pad` makes them; one tensor at a time."""
         wanted = set(self.groups[group].names)
         for tensor in self._plan.tensors:
             if tensor.name not in wanted or tensor.elements == 0 or tensor.action == "equal":
                 continue
-            self._shelf.load([self._version_of([replace(tensor, reads=self._reads(tensor), steps=())])])
-            yield [self._shelf.stored(number, tensor.name) for number in self._checkpoints]
+            yield [padded(value.view(-1)) for value in self._inputs(tensor)]
             self._shelf.forget()
 
     def parameters(self, mixture: Mixture, model: int) -> dict[str, Any]:
@@ -212,9 +215,20 @@ class Family:
     def _version_of(self, tensors: Sequence[TensorPlan]) -> Version:
         return make_version(self._plan.seed, tensors, self._checkpoints, self._shelf)
 
-    def _reads(self, tensor: TensorPlan) -> tuple[Read, ...]:
+    def _operands(self, tensor: TensorPlan) -> tuple[Operand, ...]:
         """The tensor in every model, the base first."""
-        return tuple(Read(i, checkpoint.tensors[tensor.name]) for i, checkpoint in enumerate(self._plan.checkpoints))
+        return tuple(view.tensors[tensor.name] for view in self._views)
+
+    def _inputs(self, tensor: TensorPlan) -> list[Tensor]:
+        """The same, read: as stored, or with an adapter folded in float32."""
+        alone = []
+        for operand in self._operands(tensor):
+            dtype = "F32" if isinstance(operand, Folded) and operand.dtype != "F64" else operand.dtype
+            draft = Draft(dtype, tensor.shape, PASSTHROUGH, AS_IT_IS, (operand,), has_base=False, stream=tensor.name)
+            reads, steps = work_of(draft)
+            alone.append(self._version_of([replace(tensor, dtype=dtype, reads=reads, steps=steps)]))
+        self._shelf.load(alone)
+        return [self._shelf.alone(version).contiguous() for version in alone]
 
     def _tensor(
         self, tensor: TensorPlan, mixture: Mixture, made: dict[tuple[int, bool, float], Settings]
@@ -228,14 +242,14 @@ class Family:
             scale = tuple(own * part.scale for part, _, own in rows)
             models = {**usual.models, "weight": mixture.weight, "density": density, "scale": scale}
             made[key] = replace(usual, models=models)
-        draft = Draft(tensor.dtype, tensor.shape, self._plan.method, made[key], self._reads(tensor),
+        draft = Draft(tensor.dtype, tensor.shape, self._plan.method, made[key], self._operands(tensor),
                       has_base=True, stream=tensor.name)  # fmt: skip
         reads, steps = work_of(draft)
         if self._cuts and not vector:
             densities = made[key].numbers("density")
             cuts = [self._cuts[m, density][tensor.name] for m, density in enumerate(densities)]
             found = [[cut.threshold, cut.last] for cut in cuts]
-            steps = tuple(replace(step, found=found, work=tensor.steps[0].work) for step in steps)
+            steps = (*steps[:-1], replace(steps[-1], found=found, work=tensor.steps[-1].work))
         return replace(tensor, reads=reads, steps=steps)
 
 

@@ -19,7 +19,9 @@ from streammerge.base.dtypes import DTYPES
 from streammerge.kernels.chance import stream_key
 from streammerge.kernels.contract import Settings
 from streammerge.kernels.dtypes import torch_dtype
+from streammerge.kernels.fold import Factors, factors
 from streammerge.kernels.whole import Finder, merge_whole, pad, padded
+from streammerge.plan.adapter import Change
 from streammerge.plan.plan import Plan
 from streammerge.plan.tensor import TensorPlan
 from streammerge.storage.checkpoint import Checkpoint, TensorSpec
@@ -40,6 +42,10 @@ class Version:
         for tensor in self.tensors:
             for read in tensor.reads:
                 yield self.checkpoints[read.checkpoint], read.spec
+            for step in tensor.steps:
+                if step.change is not None:
+                    for spec in step.change.specs:
+                        yield self.checkpoints[step.change.checkpoint], spec
 
 
 @dataclass(frozen=True)
@@ -98,13 +104,10 @@ class Shelf:
         made = pool.map(lambda tensor: self._make(version, tensor), version.tensors)
         return {tensor.name: values for tensor, values in zip(version.tensors, made, strict=True)}
 
-    def stored(self, number: int, name: str) -> Tensor:
-        """A loaded tensor of a checkpoint, in its padded buffer."""
-        return self._loaded[number, name]
-
-    def equal(self, name: str, first: int, second: int) -> bool:
-        """Whether two checkpoints hold the same bytes in a loaded tensor."""
-        return torch.equal(self.stored(first, name).view(torch.uint8), self.stored(second, name).view(torch.uint8))
+    def alone(self, version: Version) -> Tensor:
+        """The only tensor of a version. What it needs must have been loaded."""
+        (tensor,) = version.tensors
+        return self._make(version, tensor)
 
     def forget(self) -> None:
         """Give the memory of the loaded tensors back."""
@@ -127,15 +130,24 @@ class Shelf:
         operands = [self._loaded[version.checkpoints[read.checkpoint], read.spec.name] for read in tensor.reads]
         flat = operands[0].view(-1)[: tensor.elements]
         for step in tensor.steps:
+            found = step.found
+            if step.change is not None:
+                found = self._factors(version.checkpoints[step.change.checkpoint], step.change)
             keys = [stream_key(version.seed, step.stream, i) for i in range(len(step.operands) - step.has_base)]
             flat = merge_whole(
                 step.method, step.settings, [operands[i] for i in step.operands], tensor.shape,
                 has_base=step.has_base, work=torch_dtype(step.work), out=torch_dtype(step.dtype),
-                stream_keys=keys, find=self.find, found=step.found,
+                stream_keys=keys, find=self.find, found=found,
             )  # fmt: skip
             if step is not tensor.steps[-1]:
                 operands.append(padded(flat))
         return flat.view(tensor.shape)
+
+    def _factors(self, number: int, change: Change) -> Factors:
+        stored = [self._loaded[number, spec.name].view(-1)[: spec.elements] for spec in change.specs]
+        left, right, *norms = (values.view(spec.shape) for values, spec in zip(stored, change.specs, strict=True))
+        return factors(left, right, norms[0] if norms else None, rank=change.rank, scale=change.scale,
+                       transposed=change.transposed)  # fmt: skip
 
 
 def variant_of(plan: Plan, shelf: Shelf, units: Mapping[str, tuple[int, ...]], num_units: int) -> Variant:
@@ -162,6 +174,8 @@ def make_version(seed: int, tensors: Sequence[TensorPlan], checkpoints: Sequence
                 f"{step.method.name} {texts[id(step.settings)]} {step.operands} {step.has_base} {step.dtype} "
                 f"{step.work} {step.stream} {seed} {step.found}"
             )
+            if step.change is not None:
+                parts.append(f"{shelf.identity(checkpoints[step.change.checkpoint])} {step.change.facts[1:]}")
         hashing.update(repr(parts).encode("utf-8", "surrogatepass"))
     return Version(tuple(tensors), tuple(checkpoints), seed, hashing.hexdigest())
 
@@ -169,7 +183,8 @@ def make_version(seed: int, tensors: Sequence[TensorPlan], checkpoints: Sequence
 def version_bytes(versions: Iterable[Version]) -> tuple[int, int]:
     """What a unit takes: bytes of the inputs of all `versions`, and of the largest of them when made.
 
-    Made, a version is in memory as its recipe's output and once more in float32.
+    Made, a version is in memory as its recipe's output and once more in float32; and its tensors with an adapter folded
+    in, of which some are made at a time, are counted all.
     """
     inputs = {
         (number, spec.name): -(-spec.nbytes // 65536) * 65536
@@ -177,7 +192,12 @@ def version_bytes(versions: Iterable[Version]) -> tuple[int, int]:
         for number, spec in version.reads()
     }
     made = [
-        sum(tensor.elements * (DTYPES[tensor.dtype].itemsize + 4) for tensor in version.tensors) for version in versions
+        sum(
+            tensor.elements * (DTYPES[tensor.dtype].itemsize + 4)
+            + sum(tensor.elements * DTYPES[step.dtype].itemsize for step in tensor.steps[:-1])
+            for tensor in version.tensors
+        )
+        for version in versions
     ]
     return sum(inputs.values()), max(made, default=0)
 
