@@ -103,6 +103,8 @@ class Program:
     # For a program by rows: another one is run first, and its result (blocks, models, BLOCK), with every row sorted, is
     # in the tile. Neither program sees the rows themselves then, and both can be compiled.
     orders: Program | None = None
+    # So many blocks are run at a time, when it is run eagerly by a thread of the processor.
+    eager_blocks: int = 1
     # What eager code costs per element and model on one thread; compiled takes about half a nanosecond. Decides only
     # whether compiling pays.
     eager_ns: float = 2.0

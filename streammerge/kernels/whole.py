@@ -111,7 +111,9 @@ class _Runner:
     def _run(self, program: Program, signature: Signature) -> tuple[Run, int]:
         compilable = self._width == BLOCK and can_be_compiled(program, self._grain)
         compiled = self._find(program, signature) if compilable else None
-        return (eager(program, signature), _EAGER_PIECE) if compiled is None else (compiled, _COMPILED_PIECE)
+        if compiled is not None:
+            return compiled, _COMPILED_PIECE
+        return eager(program, signature), max(_EAGER_PIECE, program.eager_blocks)
 
     def _pieces(self, size: int, spans: Sequence[tuple[int, int]] | None) -> Iterator[_Piece]:
         """The tensor, or spans of it, in pieces of `size` blocks; by rows in units."""

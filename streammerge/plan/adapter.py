@@ -190,6 +190,8 @@ class _Fitting:
                 raise _Broken(f"{spec.name} is {spec.dtype} of shape {list(spec.shape)}, not a matrix of floats")
         rank = a.shape[0]
         expected = self._setting(module, "rank_pattern", "r")
+        if rank < 1:
+            raise _Broken("has rank 0")
         if rank != expected:
             raise _Broken(f"has rank {rank}, its configuration says {expected:g}")
         if b.shape[1] != rank or any(size != 1 for size in b.shape[2:]):

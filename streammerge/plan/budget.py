@@ -32,6 +32,8 @@ _DEFAULT_ARENA = 192 * MIB
 # An allowance for the temporaries of one thread on one block of eager code: 48 of them in float32, 8 more per model.
 _WORK_PER_THREAD = 12 * MIB
 _WORK_PER_MODEL = 2 * MIB
+# More for folding adapters in: eight blocks at a time, in float64.
+_WORK_OF_FOLDING = 24 * MIB
 # Random numbers in mergekit's order, of the tiles in work.
 _DRAWS = 96 * MIB
 _MOST_DIRTY, _LEAST_DIRTY = 256 * MIB, 16 * MIB
@@ -100,8 +102,9 @@ def make_schedule(plan: Plan, *, limit_bytes: int, limited_by: str, allowed: boo
     widest = max((-(-unit // BLOCK) for unit in units), default=1)
     work = threads * (_WORK_PER_THREAD + models * _WORK_PER_MODEL) * widest
     work += _DRAWS if plan.draws_in_turn else 0
+    factors = max(tensor.factor_bytes for tensor in (*plan.tensors, *plan.asked))
     # Those of the tensor before may still be there.
-    work += 2 * max(tensor.factor_bytes for tensor in (*plan.tensors, *plan.asked))
+    work += 2 * factors + (threads * _WORK_OF_FOLDING if factors else 0)
     dirty = min(max(_LEAST_DIRTY, min(_MOST_DIRTY, limit_bytes // 8)), max(plan.bytes_to_write, 1))
     fixed = baseline_bytes + work + dirty
     room = limit_bytes - _reserve(limit_bytes) - fixed

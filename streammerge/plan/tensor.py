@@ -123,8 +123,12 @@ def work_of(draft: Operand) -> tuple[tuple[Read, ...], tuple[Step, ...]]:
             if change is None:
                 steps.append(Step(PASSTHROUGH, AS_IT_IS, (read,), False, dtype, "F64", "", 0))
             else:
-                settings = fold_settings(norms=change.magnitude is not None, columns=change.transposed)
-                steps.append(Step(FOLD, settings, (read,), False, dtype, "F64", "", 0, change=change))
+                settings = fold_settings(
+                    norms=change.magnitude is not None, columns=change.transposed, short=DTYPES[dtype].bits <= 16
+                )
+                # What it adds is in float64 in any case.
+                work = "F64" if "F64" in (dtype, of.read.dtype) else "F32"
+                steps.append(Step(FOLD, settings, (read,), False, dtype, work, "", 0, change=change))
             known[of, dtype] = -len(steps)
         return known[of, dtype]
 

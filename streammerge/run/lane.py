@@ -22,8 +22,8 @@ from streammerge.kernels.compiled import Run, Signature, can_be_compiled, eager
 from streammerge.kernels.contract import Arguments, Grain, Look, Program
 from streammerge.run.arena import Area
 
-# Pieces that stay in the caches: eager code makes many temporaries of a piece, compiled code few.
-_EAGER_PIECE, _COMPILED_PIECE = 1, 32
+# Blocks that stay in the caches: eager code makes many temporaries, compiled code few.
+_COMPILED_PIECE = 32
 
 Finder = Callable[[Program, Signature], Run | None]
 T = TypeVar("T")
@@ -149,7 +149,7 @@ class CpuLane:
         if key not in self._runs:
             compiled = self._find(program, signature) if can_be_compiled(program, grain) else None
             self._runs[key] = (
-                (eager(program, signature), _EAGER_PIECE) if compiled is None else (compiled, _COMPILED_PIECE)
+                (eager(program, signature), program.eager_blocks) if compiled is None else (compiled, _COMPILED_PIECE)
             )
         return self._runs[key]
 
