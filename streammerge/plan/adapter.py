@@ -37,8 +37,10 @@ _UNKNOWN = ("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_rep
             "megatron_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora")  # fmt: skip
 # Adapters that begin from a changed base, which is written nowhere.
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# Patterns are from strangers, and a regular expression can take for ever: groups are not repeated, and little else is.
-_REPEATED_GROUP, _MOST_REPEATS = re.compile(r"\)\s*[*+{?]"), 4
+# Patterns are from strangers, and a regular expression can take for ever. These cannot: groups are not repeated, single
+# letters thrice at most, and few may be missing.
+_REPEATED_GROUP, _REPEAT, _MAYBE = re.compile(r"\)\s*[*+{]"), re.compile(r"[*+{]"), re.compile(r"(?<!\()\?")
+_MOST_REPEATS, _MOST_MAYBES, _LONGEST_PATTERN = 3, 6, 1000
 
 
 @dataclass(frozen=True)
@@ -248,7 +250,9 @@ class _Fitting:
 
 
 def _ends_with(module: str, pattern: str) -> bool:
-    if _REPEATED_GROUP.search(pattern) or len(re.findall(r"[*+{]", pattern)) > _MOST_REPEATS or len(pattern) > 1000:
+    repeats, maybes = len(_REPEAT.findall(pattern)), len(_MAYBE.findall(pattern))
+    intricate = _REPEATED_GROUP.search(pattern) or repeats > _MOST_REPEATS or maybes > _MOST_MAYBES
+    if intricate or len(pattern) > _LONGEST_PATTERN:
         raise _Broken(f"the pattern {pattern!r} is too intricate to be matched safely")
     try:
         return re.match(rf"(.*\.)?({pattern})$", module) is not None

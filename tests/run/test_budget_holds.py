@@ -28,6 +28,7 @@ from tests.command import COMMAND
 from tests.command import streammerge as run
 from tests.methods.cases import FORMS, make, make_case, usual
 from tests.models import make_models, make_tensors, save_model, write_recipe
+from tests.run.test_adapters import write_adapter
 from tests.study.tiny import make_model, make_specialist, sentence, write_lines
 
 BUDGET = 500_000_000
@@ -141,6 +142,16 @@ def _files(folder: Path) -> Path:
     return write_recipe(folder / "recipe.yaml", "linear", paths, per_model={"weight": 0.4})
 
 
+def _adapter(folder: Path, *, norms: bool) -> Path:
+    """TIES of a base with two adapters of rank 64 folded in."""
+    base, _ = make_models(folder, count=1, shapes=SHAPES)
+    models = [
+        f"{base}+{write_adapter(folder / f'lora{seed}', SHAPES, seed=seed, rank=64, norms=norms)}" for seed in range(2)
+    ]
+    per_model = {"weight": 0.5, "density": 0.3}
+    return write_recipe(folder / "recipe.yaml", "ties", models, base=base, per_model=per_model)
+
+
 KINDS: dict[str, Callable[[Path], Path]] = {
     "mixed dtypes": _mixed,
     "float64": _double,
@@ -149,6 +160,8 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "stages": _stages,
     "files": _files,
     "cut over the whole model": lambda folder: _ties(folder, parameters={"density_scope": "model"}),
+    "adapters": lambda folder: _adapter(folder, norms=False),
+    "adapters, DoRA": lambda folder: _adapter(folder, norms=True),
     "to float8": lambda folder: _ties(folder, out_dtype="float8_e4m3fn"),
 }
 
@@ -167,7 +180,7 @@ def _method(label: str) -> Callable[[Path], Path]:
 
 SQUEEZED = {**KINDS, **{label: _method(label) for label in FORMS}}
 # The nightly run tries all.
-_IN_SUITE = {"stages", "cut over the whole model", "ties"}
+_IN_SUITE = {"adapters", "stages", "cut over the whole model", "ties"}
 
 
 def _some(kinds: Iterable[str]) -> list[Any]:

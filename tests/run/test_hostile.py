@@ -19,6 +19,7 @@ import pytest
 import xxhash
 
 from streammerge.base.errors import StreamMergeError
+from streammerge.plan.adapter import changes_of, open_adapter
 from streammerge.plan.recipe import load_recipe
 from streammerge.run.check import verify
 from streammerge.run.inspection import inspect
@@ -26,11 +27,12 @@ from streammerge.run.journal import Journal
 from streammerge.run.output import clean
 from streammerge.run.sidefiles import architecture
 from streammerge.run.survey import SurveyBook
-from streammerge.storage.checkpoint import INDEX_NAME, open_checkpoint
+from streammerge.storage.checkpoint import INDEX_NAME, TensorSpec, open_checkpoint
 from streammerge.study.scorebook import Scorebook
 from streammerge.study.tasks import load_tasks, read_tasks_file
 from tests.command import streammerge as run
 from tests.models import make_models, make_tensors, save_model, write_recipe
+from tests.run.test_adapters import write_adapter
 from tests.study.tiny import make_examples, make_model, write_lines
 
 RECIPE = b"""
@@ -49,6 +51,8 @@ JSONL = b"""{"prompt": "2 + 2", "choices": ["3", "4"], "answer": 1}
 INDEX = json.dumps({"metadata": {"total_size": 8}, "weight_map": {"w": "model.safetensors"}}).encode()
 PLAN = json.dumps({"digest": "d", "facts": {}, "files": ["model.safetensors", "config.json"]}).encode()
 CONFIG = json.dumps({"architectures": ["X"], "num_hidden_layers": 2, "layer_types": ["a", "b"]}).encode()
+ADAPTER = json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": 6, "use_dora": False, "use_rslora": True,
+                      "rank_pattern": {"w": 3}, "alpha_pattern": {r"(layers\.)?[wv]": 8.5}}).encode()  # fmt: skip
 MANIFEST = json.dumps(
     {"files": {"a.txt": "0"}, "shards": {"model.safetensors": {"header": "0"}}, "tensors": {}}
 ).encode()
@@ -112,6 +116,15 @@ def _config(folder: Path, content: bytes) -> None:
     inspect(folder)
 
 
+def _adapter(folder: Path, content: bytes) -> None:
+    lora = folder / "lora"
+    if not lora.exists():
+        write_adapter(lora, {"w.weight": (2, 2)})
+    (lora / "adapter_config.json").write_bytes(content)
+    adapter = open_adapter(lora)
+    changes_of(adapter, 1, {"w.weight": TensorSpec("w.weight", "BF16", (2, 2), 0, 0, 8)}, "base+lora")
+
+
 def _manifest(folder: Path, content: bytes) -> None:
     try:
         made = json.loads(content)
@@ -139,6 +152,7 @@ READERS: dict[str, tuple[bytes, Callable[[Path, bytes], None]]] = {
     "survey": (b'{"found":[1,2.5]}', _survey),
     "scores": (b'{"key":"k","log_probs":[[-1.5,-2]],"distances":[0.5]}', _scores),
     "config": (CONFIG, _config),
+    "adapter": (ADAPTER, _adapter),
     "manifest": (MANIFEST, _manifest),
 }
 
