@@ -92,7 +92,7 @@ class Run:
         ours, theirs = load(self.ours), load(self.theirs)
         if set(ours) != set(theirs):
             raise Unexplained(f"other tensors: {sorted(set(ours) ^ set(theirs))[:5]}")
-        results, _ = draft_stages(self.plan.recipe, self.plan.models, self.plan.checkpoints)
+        results, *_ = draft_stages(self.plan.recipe, self.plan.models, self.plan.checkpoints)
         drafts = results[-1].tensors
         for name, mine in ours.items():
             other = theirs[name]

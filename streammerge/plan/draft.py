@@ -11,11 +11,11 @@ from streammerge.base.dtypes import DTYPES, promote
 from streammerge.base.errors import RecipeError, ShapeMismatch
 from streammerge.kernels.contract import Method, Settings
 from streammerge.methods.passthrough import AS_IT_IS, PASSTHROUGH
-from streammerge.plan.names import in_layer, layer_of
+from streammerge.plan.names import embedding_of, head_of, in_layer, layer_of
 from streammerge.plan.parameters import resolve, unmatched_filters
 from streammerge.plan.places import Place, Places, listing, shorten
 from streammerge.plan.recipe import Recipe, Stage
-from streammerge.plan.view import Model, Operand, View, view_of
+from streammerge.plan.view import Model, Operand, View, view_of, with_heads
 from streammerge.storage.checkpoint import Checkpoint
 
 
@@ -55,23 +55,31 @@ class Draft:
 
 def draft_stages(
     recipe: Recipe, models: Sequence[Model], checkpoints: Sequence[Checkpoint], *, sequential: bool = False
-) -> tuple[list[View], list[str]]:
-    """What every stage makes, in their order; and warnings. `models` are one per `recipe.inputs`.
+) -> tuple[list[View], bool, list[str]]:
+    """What every stage makes, in their order; whether all models are tied; and warnings.
+
+    `models` are one per `recipe.inputs`.
 
     Raises RecipeError, ShapeMismatch for shapes alone, UserError for an adapter that does not fit.
 
     With `sequential`, random numbers are drawn as mergekit draws them.
     """
-    views = {model.reference: view_of(model, checkpoints) for model in models}
+    made, tied = with_heads([view_of(model, checkpoints) for model in models], models)
+    views = {view.model: view for view in made}
     warnings: list[str] = []
     results = []
     for number, stage in enumerate(recipe.stages):
-        made = _Drafting(recipe, number, views, sequential=sequential)
-        results.append(made.run())
-        warnings += made.warnings
+        drafting = _Drafting(recipe, number, views, sequential=sequential)
+        result = drafting.run()
+        head, embedding = head_of(result.tensors), embedding_of(result.tensors)
+        if tied and head is not None and embedding is not None:
+            # They are one tensor, and stay one.
+            result = replace(result, tensors={**result.tensors, head: result.tensors[embedding]})
+        results.append(result)
+        warnings += drafting.warnings
         if stage.name is not None:
             views[stage.name] = replace(results[-1], model=stage.name)
-    return results, warnings
+    return results, tied, warnings
 
 
 def _unlike_layers(places: Sequence[Place], operands: Mapping[str, Sequence[Operand]]) -> list[str]:
@@ -112,7 +120,11 @@ class _Drafting:
             problems.append(mismatch)
         if problems:
             raise self._error(problems)
-        self.warnings += [*unmatched_filters(stage, places.all), *_unlike_layers(places.all, operands)]
+        self.warnings += [
+            *places.warnings,
+            *unmatched_filters(stage, places.all),
+            *_unlike_layers(places.all, operands),
+        ]
         prefix = "" if stage.name is None else f"{stage.name}/"
         tensors: dict[str, Operand] = {}
         for place in places.all:
@@ -121,14 +133,12 @@ class _Drafting:
                 self._output_dtype(own), own[0].shape, stage.method, self._drawn(settings[place.name], own), own,
                 place.part.base is not None, prefix + place.name, self._number,
             )  # fmt: skip
-        if places.left:
-            self.warnings.append(f"no module of the recipe has {listing(places.left)}; copied from {stage.donor}")
-            for name in places.left:
-                alone = (self._views[stage.donor].tensors[name],)
-                tensors[name] = Draft(
-                    self._output_dtype(alone), alone[0].shape, PASSTHROUGH, AS_IT_IS, alone, False, prefix + name,
-                    self._number,
-                )  # fmt: skip
+        for name, model in places.copied.items():
+            alone = (self._views[model].tensors[name],)
+            tensors[name] = Draft(
+                self._output_dtype(alone), alone[0].shape, PASSTHROUGH, AS_IT_IS, alone, False, prefix + name,
+                self._number,
+            )  # fmt: skip
         return View(stage.name or "", tensors, tuple(places.origins))
 
     def _error(self, problems: Sequence[str]) -> RecipeError:

@@ -73,6 +73,37 @@ def _in_transformers(name: str) -> str:
     return canonical if match is None else f"{canonical[: match.start()]}.experts.{_FUSED[match[1]]}"
 
 
+# What turns the last hidden states into logits, and tokens into the first ones; a tied model uses the latter for both.
+_HEADS = ("lm_head.weight", "embed_out.weight")
+_EMBEDDINGS = (
+    "embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight",
+)  # fmt: skip
+# What a model can work out for itself, and older programs saved nevertheless.
+_BUFFER = re.compile(
+    r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias|attn\.bias|attention\.bias|position_ids)$"
+)
+
+
+def head_of(names: Iterable[str]) -> str | None:
+    """The name of a language model's head, or None."""
+    return _only(names, _HEADS)
+
+
+def embedding_of(names: Iterable[str]) -> str | None:
+    """The name of a language model's token embedding, or None, also where there are several."""
+    return _only(names, _EMBEDDINGS)
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor is nothing that was learned."""
+    return _BUFFER.search(name) is not None
+
+
+def _only(names: Iterable[str], known: tuple[str, ...]) -> str | None:
+    found = [name for name in names if any(name == each or name.endswith(f".{each}") for each in known)]
+    return found[0] if len(found) == 1 else None
+
+
 # What mergekit calls the parts of models with several, by words in tensor names.
 _MODULE_WORDS = {
     "text_decoder": ("language_model", "text_model", "decoder"),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from streammerge.plan.names import in_layer, is_front, layer_of, modules_of, position, stacks
+from streammerge.plan.names import in_layer, is_buffer, is_front, layer_of, modules_of, position, stacks
 from streammerge.plan.recipe import Input, Module, Slice, Stage, nearest
 from streammerge.plan.view import MOST_LAYERS, View
 
@@ -30,7 +30,11 @@ class Place:
 class Places:
     """The places of one stage, over the models it sees. What is wrong is collected in `problems`.
 
-    `origins` are the checkpoint's layers behind the layers of the output; `left` are tensors of no module.
+    `origins` are the checkpoint's layers behind the layers of the output; `copied` are tensors that are not merged,
+    with the model they come from.
+
+    A tensor that some models lack is merged of those that have it, or copied where that cannot be; unless it is of a
+    layer that they have: then they are of another architecture.
     """
 
     def __init__(self, stage: Stage, views: Mapping[str, View]) -> None:
@@ -39,15 +43,19 @@ class Places:
         self.problems: list[str] = []
         self.all: list[Place] = []
         self.origins: list[tuple[int, int]] = []
+        # Tensors that are not in every model, by the models they are taken from, and whether these are merged.
+        self._some: dict[tuple[tuple[str, ...], bool], list[str]] = {}
         # By module and model, the tensors that belong to it; None for all.
         self._wanted: dict[tuple[str | None, str], set[str] | None] = {}
-        self.left: list[str] = []
+        self.copied: dict[str, str] = {}
+        self.warnings: list[str] = []
         self._find_owners()
         for module in stage.modules:
             made, layers = self._places(module, self.problems)
             self.all += made
             if len(layers) > len(self.origins):
                 self.origins = layers
+        self.warnings += self._warnings_of_some()
 
     def _find_owners(self) -> None:
         """Which tensors of every model belong to which module."""
@@ -60,7 +68,10 @@ class Places:
                 self._wanted[module.name, model] = mine if named else None
             if not named or model != self._stage.donor:
                 continue
-            self.left = [name for name, owner in owners.items() if owner is None]
+            left = [name for name, owner in owners.items() if owner is None]
+            self.copied |= dict.fromkeys(left, model)
+            if left:
+                self.warnings.append(f"no module of the recipe has {listing(left)}; copied from {model}")
             for name in named:
                 if name not in owners.values():
                     parts = {part for tensor in names for part in tensor.split(".") if not part.isdigit()} - {name}
@@ -82,11 +93,12 @@ class Places:
     def _whole_places(
         self, module: Module, part: Slice, problems: list[str]
     ) -> tuple[list[Place], list[tuple[int, int]]]:
-        names = self._names(part.inputs[0].model, module)
-        found = self._names_problems(module, part.inputs)
+        sets = [dict.fromkeys(self._names(source.model, module)) for source in part.inputs]
+        names = list(dict.fromkeys(name for each in sets for name in each))
+        found = self._names_problems(part.inputs, sets, names)
         if found:
             advice = "every model must hold the same tensors: are these models of one architecture?"
-            problems += [*shorten(found), advice]
+            problems += [*shorten(found, 1), advice]
             return [], []
         depth = stacks(names)
         places = []
@@ -94,8 +106,36 @@ class Places:
             layer = layer_of(name)
             at = 0.0 if layer is None else position(layer[1], depth[layer[0]])
             deep = at if layer is not None else float(not is_front(name))
-            places.append(Place(part, module, name, (name,) * len(part.inputs), at, deep))
+            having = [source for source, each in zip(part.inputs, sets, strict=True) if name in each]
+            places += self._place(part, module, name, having, at, deep)
         return places, list(self._views[part.inputs[0].model].origins)
+
+    def _place(self, part: Slice, module: Module, name: str, having: Sequence[Input], at: float,
+               deep: float) -> list[Place]:  # fmt: skip
+        """The place of a tensor that lies outside sliced layers; none if it is copied. `having` are its inputs."""
+        if len(having) < len(part.inputs):
+            base = part.base if part.base in having else None
+            some = Slice(base, tuple(model for model in part.models if model in having), part.parameters)
+            method = self._stage.method
+            enough = method.min_models <= len(some.models) <= (method.max_models or len(some.models))
+            merged = enough and len(having) > 1 and (base is not None or part.base is None)
+            source = having[0].model
+            self._some.setdefault((tuple(each.model for each in having) if merged else (source,), merged), []).append(
+                name
+            )
+            if not merged:
+                self.copied[name] = source
+                return []
+            part = some
+        return [Place(part, module, name, (name,) * len(part.inputs), at, deep)]
+
+    def _warnings_of_some(self) -> list[str]:
+        """What becomes of the tensors that not every model has."""
+        return [
+            f"{listing(names)} {'are' if len(names) > 1 else 'is'} not in every model: "
+            + (f"merged of {', '.join(models)} only" if merged else f"copied from {models[0]}")
+            for (models, merged), names in self._some.items()
+        ]
 
     def _sliced_places(self, module: Module, problems: list[str]) -> tuple[list[Place], list[tuple[int, int]]]:
         places: list[Place] = []
@@ -121,19 +161,27 @@ class Places:
                             position(begin + index, total),
                         ))  # fmt: skip
                 origins.append(self._views[part.inputs[0].model].origins[start + index])
-        front, back = [], []
-        for name in self._outside(first.inputs[0], module):
-            if is_front(name):
-                front.append(Place(first, module, name, (name,) * len(first.inputs), 0.0, 0.0))
-        for name in self._outside(last.inputs[0], module):
-            if not is_front(name):
-                back.append(Place(last, module, name, (name,) * len(last.inputs), 0.0, 1.0))
-        sources = {source.model: source for part in module.slices for source in part.inputs}
-        lacking = self._names_problems(module, list(sources.values()), outside=True)
-        if lacking:
-            problems += shorten(lacking)
-            return [], []
+        front = self._outer_places(first, module, front=True)
+        back = self._outer_places(last, module, front=False)
+        # What neither end has is not lost either.
+        known = {place.name for place in (*front, *back)} | set(self.copied)
+        for source in (source for part in module.slices for source in part.inputs):
+            for name in self._outside(source, module):
+                if name not in known:
+                    known.add(name)
+                    self.copied[name] = source.model
+                    self._some.setdefault(((source.model,), False), []).append(name)
         return [*front, *places, *back], origins
+
+    def _outer_places(self, part: Slice, module: Module, *, front: bool) -> list[Place]:
+        """The places of the tensors before the layers, or after them, of the inputs of one end."""
+        sets = [dict.fromkeys(self._outside(source, module)) for source in part.inputs]
+        names = [name for name in dict.fromkeys(name for each in sets for name in each) if is_front(name) == front]
+        places = []
+        for name in names:
+            having = [source for source, each in zip(part.inputs, sets, strict=True) if name in each]
+            places += self._place(part, module, name, having, 0.0, 0.0 if front else 1.0)
+        return places
 
     def _check_range(self, source: Input, module: Module, problems: list[str]) -> None:
         found = stacks(self._names(source.model, module))
@@ -163,18 +211,29 @@ class Places:
             self._layers[model, module.name] = grouped
         return self._layers[model, module.name]
 
-    def _names_problems(self, module: Module, sources: Sequence[Input], *, outside: bool = False) -> list[str]:
-        """Tensors, or only those outside the layers, that not all sources have."""
-        names = {
-            source.model: self._outside(source, module) if outside else self._names(source.model, module)
-            for source in sources
-        }
+    def _names_problems(self, sources: Sequence[Input], sets: Sequence[Collection[str]],
+                        names: Sequence[str]) -> list[str]:  # fmt: skip
+        """Tensors of layers that some models have and others, which have such layers, lack.
+
+        Of models that have nothing in common with the first, or no layers in common where both have some, all of them.
+        """
+        depths = [stacks(each) for each in sets]
+        layered = [{name for name in each if layer_of(name) is not None} for each in sets]
+        strange = [
+            not (here & layered[0] if here and layered[0] else set(each) & set(sets[0]))
+            for here, each in zip(layered, sets, strict=True)
+        ]
         problems = []
-        first, *others = names
-        for other in others:
-            for one, two in ((first, other), (other, first)):
-                has = set(names[two])
-                problems += [f"tensor {n!r} is in {one} and not in {two}" for n in names[one] if n not in has]
+        for name in names:
+            layer = layer_of(name)
+            if is_buffer(name):
+                continue
+            first = next(i for i, each in enumerate(sets) if name in each)
+            problems += [
+                f"tensor {name!r} is in {sources[first].model} and not in {source.model}"
+                for source, each, depth, other in zip(sources, sets, depths, strange, strict=True)
+                if name not in each and (other or strange[first] or (layer is not None and layer[0] in depth))
+            ]
         return problems
 
     def _check_templates(
@@ -193,9 +252,9 @@ def _range(source: Input) -> tuple[int, int]:
     return source.layers
 
 
-def shorten(problems: list[str]) -> list[str]:
-    """The first ten problems, and how many more there are."""
-    if len(problems) <= _SHOWN + 2:
+def shorten(problems: list[str], spare: int = 0) -> list[str]:
+    """The first ten problems, and how many more there are; so short that `spare` more can come after it."""
+    if len(problems) <= _SHOWN + 2 - spare:
         return problems
     return [*problems[:_SHOWN], f"and {len(problems) - _SHOWN} more"]
 

@@ -20,6 +20,7 @@ from streammerge.kernels.contract import Method, Settings
 from streammerge.plan.draft import Draft, draft_stages
 from streammerge.plan.group import with_one_work
 from streammerge.plan.layout import ShardLayout, lay_out
+from streammerge.plan.names import head_of
 from streammerge.plan.recipe import Recipe
 from streammerge.plan.tensor import UNWRITTEN, TensorPlan, work_of
 from streammerge.plan.view import Model
@@ -36,8 +37,8 @@ class Plan:
     `asked` are tensors of earlier stages that the output does not use, but surveys of their stage must see.
     `models` are one per `recipe.inputs`, and the first `checkpoints` theirs, each once, that one first whose config and
     tokenizer the output takes; after them come those of adapters. `settings` are the parameters of the last stage, by
-    tensor. `layers` says which checkpoint's layer, if only for config.json, is
-    behind each layer of the output.
+    tensor. `layers` says which checkpoint's layer, if only for config.json, is behind each layer of the output; `tied`,
+    that all models use their embedding as head, and so does the output.
     """
 
     recipe: Recipe
@@ -47,6 +48,7 @@ class Plan:
     asked: tuple[TensorPlan, ...]
     settings: Mapping[str, Settings]
     layers: tuple[tuple[int, int], ...]
+    tied: bool
     shards: tuple[ShardLayout, ...]
     seed: int
     facts: dict[str, Any]
@@ -61,6 +63,11 @@ class Plan:
         """xxh3-128 of the facts, as canonical JSON."""
         text = json.dumps(self.facts, sort_keys=True, separators=(",", ":"))
         return xxhash.xxh3_128_hexdigest(text.encode())
+
+    @property
+    def donor_is_tied(self) -> bool:
+        """Whether the model whose config the output takes has no head of its own."""
+        return head_of(self.checkpoints[0].tensors) is None
 
     @property
     def draws_in_turn(self) -> bool:
@@ -84,7 +91,7 @@ def build_plan(recipe: Recipe, models: Sequence[Model], checkpoints: Sequence[Ch
     if sequential and not recipe.is_simple:
         advice = "--rng mergekit works for one document with `models:`, not for slices, modules or several documents"
         raise RecipeError(str(recipe.path), [advice])
-    results, warnings = draft_stages(recipe, models, checkpoints, sequential=sequential)
+    results, tied, warnings = draft_stages(recipe, models, checkpoints, sequential=sequential)
     result = results[-1]
     if strict and warnings:
         raise RecipeError(str(recipe.path), warnings)
@@ -109,7 +116,7 @@ def build_plan(recipe: Recipe, models: Sequence[Model], checkpoints: Sequence[Ch
     tensors, asked = together[: len(tensors)], together[len(tensors) :]
     settings = {name: draft.settings for name, draft in drafts.items() if isinstance(draft, Draft)}
     facts = _facts(recipe, models, checkpoints, together, settings, shards, seed)
-    return Plan(recipe, tuple(models), tuple(checkpoints), tuple(tensors), tuple(asked), settings, result.origins,
+    return Plan(recipe, tuple(models), tuple(checkpoints), tuple(tensors), tuple(asked), settings, result.origins, tied,
                 shards, seed, facts, (*recipe.warnings, *warnings))  # fmt: skip
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from streammerge.plan.adapter import Adapter, Change, changes_of
-from streammerge.plan.names import stacks
+from streammerge.plan.names import embedding_of, head_of, stacks
 from streammerge.storage.checkpoint import Checkpoint, TensorSpec
 
 MOST_LAYERS = 100_000
@@ -57,11 +57,15 @@ class Folded:
 
 @dataclass(frozen=True)
 class Model:
-    """A model of the recipe, by the numbers of its checkpoint and its adapter's in the plan."""
+    """A model of the recipe, by the numbers of its checkpoint and its adapter's in the plan.
+
+    `tied` is what its config.json says of its head: that it is the embedding, that it is not, or nothing.
+    """
 
     reference: str
     checkpoint: int
     adapter: tuple[int, Adapter] | None = None
+    tied: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -94,3 +98,24 @@ def view_of(model: Model, checkpoints: Sequence[Checkpoint]) -> View:
             read = Read(second, saved[name]) if name in saved else Read(number, own[name])
             tensors[name] = Folded(read, changes.get(name), own[name].dtype)
     return View(model.reference, tensors, tuple((number, layer) for layer in range(depth)))
+
+
+def with_heads(views: Sequence[View], models: Sequence[Model]) -> tuple[list[View], bool]:
+    """The same models, and if one of them has a head all have: that of a tied one is its embedding, whatever is stored.
+
+    Also whether all are tied, so that the result is.
+    """
+    heads = {head for view in views if (head := head_of(view.tensors)) is not None}
+    ties = [
+        model.tied if model.tied is not None else head_of(view.tensors) is None
+        for view, model in zip(views, models, strict=True)
+    ]
+    if len(heads) != 1:
+        return list(views), not heads and all(ties)
+    (head,) = heads
+    made = []
+    for view, tied in zip(views, ties, strict=True):
+        embedding = embedding_of(view.tensors) if tied else None
+        own = view.tensors if embedding is None else {**view.tensors, head: view.tensors[embedding]}
+        made.append(replace(view, tensors=own))
+    return made, all(ties)

@@ -48,6 +48,7 @@ from streammerge.run.sidefiles import (
     architecture,
     copied_files,
     left_files,
+    says_tied,
     side_files,
 )
 from streammerge.run.survey import SurveyBook, survey
@@ -166,15 +167,16 @@ def open_models(recipe: Recipe) -> tuple[list[Model], list[Checkpoint]]:
     order = list(dict.fromkeys(path.resolve() for _, path, _ in places))
     adapters = {adapter.resolve(): open_adapter(adapter) for _, _, adapter in places if adapter is not None}
     numbers = {path: len(order) + i for i, path in enumerate(adapters)}
+    opened = [open_checkpoint(bases[path]) for path in order]
     models = [
         Model(
             text,
             order.index(path.resolve()),
             None if adapter is None else (numbers[adapter.resolve()], adapters[adapter.resolve()]),
+            says_tied(opened[order.index(path.resolve())]),
         )
         for text, path, adapter in places
     ]
-    opened = [open_checkpoint(bases[path]) for path in order]
     return models, [*opened, *(adapter.checkpoint for adapter in adapters.values())]
 
 

@@ -16,7 +16,7 @@ import yaml
 
 from streammerge.base.dtypes import RECIPE_DTYPES
 from streammerge.base.errors import InputError
-from streammerge.plan.names import stacks
+from streammerge.plan.names import head_of, stacks
 from streammerge.plan.plan import Plan
 from streammerge.plan.view import Model
 from streammerge.storage.checkpoint import Checkpoint, leads_outside
@@ -28,6 +28,8 @@ _OURS = {CARD_NAME, RECIPE_NAME, "streammerge.manifest.json"}
 _LARGEST = 256_000_000
 # Lists of the numbers of some layers: mlp_only_layers, attn_layer_indices, full_attn_idxs.
 _NUMBERS_OF_LAYERS = re.compile(r"layers|layer_ind|idxs|layer_ids")
+# The flag by which a config says that the head is the embedding.
+_TIED = "tie_word_embeddings"
 # How configs call the number of layers.
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -84,9 +86,9 @@ def _read(file: Path) -> bytes:
 
 
 def _config(plan: Plan, file: Path, content: bytes) -> bytes:
-    """config.json true to the output: the dtype that most of it is stored in, and its layers."""
+    """config.json true to the output: the dtype that most of it is stored in, its layers, whether it has a head."""
     config = _read_config(file, content)
-    changed = _set_layers(plan, config) | _set_dtype(plan, config)
+    changed = _set_layers(plan, config) | _set_dtype(plan, config) | _set_tied(plan, config)
     if not changed:
         return content
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
@@ -109,12 +111,24 @@ def _read_config(file: Path, content: bytes) -> dict[str, Any]:
 
 def architecture(checkpoint: Checkpoint) -> str | None:
     """What the config.json beside a checkpoint says it is, if there is one that says so."""
-    file = checkpoint.directory / "config.json"
+    found = _config_of(checkpoint).get("architectures")
+    return str(found[0]) if isinstance(found, list) and found else None
+
+
+def says_tied(checkpoint: Checkpoint) -> bool | None:
+    """Whether the config.json beside a checkpoint says that its head is its embedding; None when it says nothing."""
+    config = _config_of(checkpoint)
+    flags = [own[_TIED] for path in _maps(config) if isinstance((own := _at(config, path)).get(_TIED), bool)]
+    return flags[0] if flags else None
+
+
+def _config_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The config.json beside a checkpoint; empty when there is none that can be read."""
     try:
-        found = json.loads(file.read_bytes()).get("architectures")
-        return str(found[0])
-    except (OSError, ValueError, RecursionError, AttributeError, TypeError, LookupError):
-        return None
+        config = json.loads((checkpoint.directory / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _set_layers(plan: Plan, config: dict[str, Any]) -> bool:
@@ -147,6 +161,20 @@ def _set_layers(plan: Plan, config: dict[str, Any]) -> bool:
                 own[key] = [lists[number][min(layer, len(lists[number]) - 1)] for number, layer in plan.layers]
             elif _NUMBERS_OF_LAYERS.search(key) and all(type(item) is int and 0 <= item < donor for item in value):
                 own[key] = [i for i, (number, layer) in enumerate(plan.layers) if layer in lists[number]]
+    return changed
+
+
+def _set_tied(plan: Plan, config: dict[str, Any]) -> bool:
+    """Where the output has a head of its own and the donor had none: loaders must not throw it away."""
+    if plan.tied or head_of(tensor.name for tensor in plan.tensors) is None:
+        return False
+    changed = False
+    for path in _maps(config):
+        own = _at(config, path)
+        # Without the flag many kinds of models are tied.
+        if own.get(_TIED) or (not path and plan.donor_is_tied and _TIED not in own):
+            own[_TIED] = False
+            changed = True
     return changed
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from streammerge.base.errors import UserError
 from streammerge.kernels.contract import Problem, Settings
 from streammerge.kernels.cut import MAGNITUDES, Cut, kept
 from streammerge.kernels.groupcut import group_cuts
@@ -26,9 +27,9 @@ from streammerge.plan.group import groups_of
 from streammerge.plan.names import layer_of
 from streammerge.plan.plan import Plan
 from streammerge.plan.tensor import TensorPlan, work_of
-from streammerge.plan.view import Folded, Operand, view_of
+from streammerge.plan.view import Folded, Operand, view_of, with_heads
 from streammerge.study.network import Network
-from streammerge.study.variants import Shelf, Variant, Version, make_version
+from streammerge.study.variants import Shelf, Variant, Version, check_head, make_version
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ class Family:
         `ask` looks at many tensors together; it is needed when densities are shares of a layer or a whole model.
         """
         self._plan, self._shelf = plan, shelf
+        check_head(plan)
         network.check_shapes({tensor.name: tensor.shape for tensor in plan.tensors})
         units = network.units_of(tensor.name for tensor in plan.tensors)
         # A tensor that the network does not know has no score; it is merged like what lies outside.
@@ -115,12 +117,24 @@ class Family:
         self._group_of = {name: i for i, group in enumerate(self.groups) for name in group.names}
         self._checkpoints = [shelf.add(checkpoint) for checkpoint in plan.checkpoints]
         # The base first.
-        self._views = [view_of(model, plan.checkpoints) for model in plan.models]
+        self._views, _ = with_heads([view_of(model, plan.checkpoints) for model in plan.models], plan.models)
+        self._check_names(units)
         self._versions: dict[Any, Version] = {}
         self._scopes = groups_of(plan.tensors)
         self._ask = ask
         # By model and density, the cut of every tensor whose density is a share of more than itself.
         self._cuts: dict[tuple[int, float], dict[str, Cut]] = {}
+
+    def _check_names(self, units: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise UserError when models lack a tensor that the network has: there is no deciding about it."""
+        lacking = [
+            f"tensor {tensor.name!r} is not in {view.model}"
+            for tensor in self._plan.tensors
+            for view in self._views
+            if units[tensor.name] and tensor.name not in view.tensors
+        ]
+        if lacking:
+            raise UserError(f"{self._plan.recipe.path}: an analysis needs every tensor in every model: {lacking[0]}.")
 
     @property
     def models(self) -> list[str]:
@@ -166,6 +180,10 @@ class Family:
             if not same:
                 break
             values = [value.view(torch.uint8) for value in self._inputs(tensor)[1:]]
+            if len(values) < len(numbers):
+                # Not in every model.
+                same.clear()
+                break
             same = {(i, j) for i, j in same if torch.equal(values[i], values[j])}
             self._shelf.forget()
         groups: list[list[int]] = []
@@ -182,6 +200,8 @@ class Family:
         wanted = set(self.groups[group].names)
         for tensor in self._plan.tensors:
             if tensor.name not in wanted or tensor.elements == 0 or tensor.action == "equal":
+                continue
+            if len(self._operands(tensor)) < len(self._views):
                 continue
             yield [padded(value.view(-1)) for value in self._inputs(tensor)]
             self._shelf.forget()
@@ -216,8 +236,8 @@ class Family:
         return make_version(self._plan.seed, tensors, self._checkpoints, self._shelf)
 
     def _operands(self, tensor: TensorPlan) -> tuple[Operand, ...]:
-        """The tensor in every model, the base first."""
-        return tuple(view.tensors[tensor.name] for view in self._views)
+        """The tensor in every model, the base first; or in those that have it."""
+        return tuple(view.tensors[tensor.name] for view in self._views if tensor.name in view.tensors)
 
     def _inputs(self, tensor: TensorPlan) -> list[Tensor]:
         """The same, read: as stored, or with an adapter folded in float32."""
@@ -233,6 +253,9 @@ class Family:
     def _tensor(
         self, tensor: TensorPlan, mixture: Mixture, made: dict[tuple[int, bool, float], Settings]
     ) -> TensorPlan:
+        if len(self._operands(tensor)) < len(self._views):
+            # Not in every model, nor in the network: as it is without an analysis.
+            return tensor
         group, vector = self._group_of[tensor.name], len(tensor.shape) < 2
         usual = self._plan.settings[tensor.name]
         key = (group, vector, usual.depth)

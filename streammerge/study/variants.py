@@ -16,12 +16,14 @@ import xxhash
 from torch import Tensor
 
 from streammerge.base.dtypes import DTYPES
+from streammerge.base.errors import UserError
 from streammerge.kernels.chance import stream_key
 from streammerge.kernels.contract import Settings
 from streammerge.kernels.dtypes import torch_dtype
 from streammerge.kernels.fold import Factors, factors
 from streammerge.kernels.whole import Finder, merge_whole, pad, padded
 from streammerge.plan.adapter import Change
+from streammerge.plan.names import head_of
 from streammerge.plan.plan import Plan
 from streammerge.plan.tensor import TensorPlan
 from streammerge.storage.checkpoint import Checkpoint, TensorSpec
@@ -151,13 +153,23 @@ class Shelf:
 
 
 def variant_of(plan: Plan, shelf: Shelf, units: Mapping[str, tuple[int, ...]], num_units: int) -> Variant:
-    """The model that a plan would write. `units` says which units need a tensor."""
+    """The model that a plan would write. `units` says which units need a tensor. Raises UserError."""
+    check_head(plan)
     checkpoints = [shelf.add(checkpoint) for checkpoint in plan.checkpoints]
     groups: list[list[TensorPlan]] = [[] for _ in range(num_units)]
     for tensor in plan.tensors:
         for unit in units.get(tensor.name, ()):
             groups[unit].append(tensor)
     return Variant(tuple(make_version(plan.seed, group, checkpoints, shelf) for group in groups))
+
+
+def check_head(plan: Plan) -> None:
+    """Raise UserError when the output has a head of its own and the network, built by the donor's config, has none."""
+    if not plan.tied and plan.donor_is_tied and head_of(tensor.name for tensor in plan.tensors) is not None:
+        raise UserError(
+            f"{plan.recipe.path}: the first model's head is its embedding and another's is not. Such a merge can be "
+            f"written, but not scored yet: the network that is run is built by the first one's config."
+        )
 
 
 def make_version(seed: int, tensors: Sequence[TensorPlan], checkpoints: Sequence[int], shelf: Shelf) -> Version:

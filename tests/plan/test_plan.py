@@ -13,8 +13,10 @@ import pytest
 import streammerge
 from streammerge.api import make_plan as plan
 from streammerge.base.errors import RecipeError, ShapeMismatch
-from streammerge.plan.plan import Plan
+from streammerge.plan.plan import Plan, build_plan
+from streammerge.plan.recipe import parse_recipe
 from streammerge.plan.tensor import TensorPlan
+from streammerge.plan.view import Model
 from streammerge.run.memory import usage
 from tests.models import make_models, write_recipe
 from tests.plan.headers import SPECS, Specs, alter, make_checkpoint, make_plan
@@ -218,13 +220,124 @@ def test_what_needs_no_arithmetic_is_copied() -> None:
 # Names and shapes that differ.
 
 
-def test_a_missing_and_an_extra_tensor_are_both_named_with_their_models() -> None:
-    found = problems(linear(), alter(SPECS, norm=None), alter(SPECS, lm_head=None))
+def test_a_missing_and_an_extra_tensor_of_a_layer_are_both_named_with_their_models() -> None:
+    gate = {"model.layers.1.mlp.gate_proj.weight": ("BF16", (8,))}
+    less = {name: spec for name, spec in SPECS.items() if name != "model.layers.2.mlp.up_proj.weight"}
+    found = problems(linear(), SPECS, {**less, **gate})
     assert found[:2] == [
-        "tensor 'lm_head.weight' is in a and not in b",
-        "tensor 'model.norm.weight' is in b and not in a",
+        "tensor 'model.layers.2.mlp.up_proj.weight' is in a and not in b",
+        "tensor 'model.layers.1.mlp.gate_proj.weight' is in b and not in a",
     ]
     assert found[2] == "every model must hold the same tensors: are these models of one architecture?"
+
+
+def test_models_without_a_layer_in_common_are_of_other_architectures() -> None:
+    other = {name.replace("model.layers", "transformer.h"): spec for name, spec in SPECS.items()}
+    found = problems(linear(), SPECS, other)
+    assert any("are these models of one architecture?" in problem for problem in found)
+    assert problems(linear(), {"a": ("BF16", (4,))}, {"b": ("BF16", (4,))})[:2] == [
+        "tensor 'a' is in a and not in b",
+        "tensor 'b' is in b and not in a",
+    ]
+
+
+def test_what_lies_outside_the_layers_and_is_in_some_models_is_merged_of_those_or_copied() -> None:
+    extra = {"score.weight": ("BF16", (2, 8)), "v_head.bias": ("BF16", (8,))}
+    one, three = {"score.weight": extra["score.weight"]}, extra
+    more = "  - model: acme/more\n    parameters: {weight: 1, density: 1}\n"
+    text = TIES.replace("  - model: acme/code\n", f"{more}  - model: acme/code\n")
+    # base, math, more, code: the first two and the last have a score.
+    made = make_plan(text, *(make_checkpoint({**SPECS, **own}) for own in (one, one, {}, three)))
+    score, head = tensor_of(made, "score"), tensor_of(made, "v_head")
+    assert (score.action, checkpoints_of(score)) == ("merge", (0, 1, 3))
+    assert made.settings["score.weight"].models["weight"] == (0.5, 0.25)
+    assert (head.action, checkpoints_of(head)) == ("copy", (3,))
+    assert made.warnings == (
+        "score.weight is not in every model: merged of meta/base-8b, acme/math-8b, acme/code only",
+        "v_head.bias is not in every model: copied from acme/code",
+    )
+
+
+def test_what_the_base_lacks_has_no_delta_and_is_copied() -> None:
+    score = {"score.weight": ("BF16", (2, 8))}
+    made = make_plan(TIES, make_checkpoint(), make_checkpoint(SPECS | score), make_checkpoint(SPECS | score))
+    assert checkpoints_of(tensor_of(made, "score")) == (1,)
+    slerp = "merge_method: slerp\nbase_model: a\nmodels: [{model: a}, {model: b}]\nparameters: {t: 0.5}\n"
+    made = make_plan(slerp, make_checkpoint(SPECS | score), make_checkpoint())
+    assert checkpoints_of(tensor_of(made, "score")) == (0,)
+
+
+def test_a_stack_of_layers_that_only_one_model_has_is_copied() -> None:
+    tower = {f"visual.blocks.{i}.w": ("BF16", (4,)) for i in range(3)}
+    made = make_plan(linear(), make_checkpoint(SPECS | tower), make_checkpoint())
+    assert checkpoints_of(tensor_of(made, "visual.blocks.2")) == (0,)
+    assert made.warnings == (
+        "visual.blocks.0.w, visual.blocks.1.w, visual.blocks.2.w are not in every model: copied from a",
+    )
+
+
+def test_buffers_that_older_programs_saved_are_copied() -> None:
+    buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": ("F32", (4,)) for i in range(3)}
+    made = make_plan(TIES, make_checkpoint(), make_checkpoint(SPECS | buffers), make_checkpoint())
+    assert checkpoints_of(tensor_of(made, "layers.1.self_attn.rotary_emb")) == (1,)
+
+
+def test_strict_makes_an_error_of_a_tensor_that_is_not_in_every_model() -> None:
+    recipe = parse_recipe(linear(), Path("r.yaml"))
+    found = (make_checkpoint(SPECS | {"x": ("BF16", (4,))}), make_checkpoint())
+    with pytest.raises(RecipeError, match="x is not in every model"):
+        build_plan(recipe, [Model("a", 0), Model("b", 1)], found, seed=0, shard_bytes=1 << 30, strict=True)
+
+
+# A model whose head is its embedding.
+
+
+def tied(text: str, *models: tuple[Specs, bool | None]) -> Plan:
+    recipe = parse_recipe(text, Path("recipe.yaml"))
+    found = [Model(name, i, tied=flag) for i, (name, (_, flag)) in enumerate(zip(recipe.inputs, models, strict=True))]
+    checkpoints = [make_checkpoint(specs) for specs, _ in models]
+    return build_plan(recipe, found, checkpoints, seed=0, shard_bytes=1 << 30)
+
+
+def sources_of(tensor: TensorPlan) -> list[tuple[int, str]]:
+    return [(read.checkpoint, read.spec.name) for read in tensor.reads]
+
+
+HEADLESS = alter(SPECS, lm_head=None)
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("flag", [True, None])
+def test_a_tied_models_head_is_its_embedding(flag: bool | None) -> None:
+    made = tied(linear(), (HEADLESS, flag), (SPECS, False))
+    assert sources_of(tensor_of(made, "lm_head")) == [(0, EMBEDDING), (1, HEAD)]
+    assert not made.tied
+    assert made.warnings == ()
+
+
+def test_a_head_that_is_stored_although_the_config_says_tied_does_not_count() -> None:
+    made = tied(linear(), (SPECS, True), (SPECS, False))
+    assert sources_of(tensor_of(made, "lm_head")) == [(0, EMBEDDING), (1, HEAD)]
+
+
+def test_of_tied_models_head_and_embedding_stay_one() -> None:
+    text = LINEAR.replace("linear", "dare_linear").replace("models:", "base_model: c\nmodels:")
+    made = tied(text.format(a="weight: 1, density: 0.5", b="weight: 1, density: 0.5", top=""),
+                (SPECS, True), (HEADLESS, True), (HEADLESS, None))  # fmt: skip
+    head, embedding = tensor_of(made, "lm_head"), tensor_of(made, "embed_tokens")
+    assert (head.reads, head.steps) == (embedding.reads, embedding.steps)
+    assert made.tied
+
+
+def test_no_head_is_made_where_no_model_has_one() -> None:
+    made = tied(linear(), (HEADLESS, True), (HEADLESS, True))
+    assert not [tensor for tensor in made.tensors if "head" in tensor.name]
+
+
+def test_a_missing_head_of_a_model_that_says_it_is_not_tied_is_a_warning() -> None:
+    made = tied(linear(), (HEADLESS, False), (SPECS, False))
+    assert sources_of(tensor_of(made, "lm_head")) == [(1, HEAD)]
+    assert made.warnings == ("lm_head.weight is not in every model: copied from b",)
 
 
 def test_the_advice_about_different_tensors_is_kept_when_there_are_many() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -423,17 +424,27 @@ def test_all_models_that_are_not_there_are_named_at_once(tmp_path: Path) -> None
     assert caught.value.exit_code == 4
 
 
-def test_slices_of_models_that_do_not_hold_the_same_outside_the_layers_are_refused(
-    tmp_path: Path, models: list[Path]
-) -> None:
+def test_slices_lose_nothing_that_only_one_model_has_outside_the_layers(tmp_path: Path, models: list[Path]) -> None:
+    base, one, *_ = models
+    tensors = load_file(base / "model.safetensors")
+    save_model(base, {**tensors, "score.weight": torch.ones(2, 8)})
+    for sources in ([[source(base, 0, 4), source(one, 0, 4)]], [[source(base, 0, 4)], [source(one, 1, 3)]],
+                    [[source(one, 0, 4)], [source(base, 1, 2)], [source(one, 1, 3)]]):  # fmt: skip
+        recipe = {"merge_method": "linear", "parameters": {"weight": 1},
+                  "slices": [{"sources": each} for each in sources]}  # fmt: skip
+        merged = merge(tmp_path, recipe)
+        assert torch.equal(merged["score.weight"], torch.ones(2, 8))
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_slices_of_a_tied_and_an_untied_model_have_the_head_of_the_last(tmp_path: Path, models: list[Path]) -> None:
     base, one, *_ = models
     tensors = load_file(one / "model.safetensors")
     save_model(one, {name: tensor for name, tensor in tensors.items() if "lm_head" not in name})
-    for sources in ([[source(base, 0, 4), source(one, 0, 4)]], [[source(base, 0, 4)], [source(one, 1, 3)]]):
-        recipe = {"merge_method": "linear", "parameters": {"weight": 1},
-                  "slices": [{"sources": each} for each in sources]}  # fmt: skip
-        (problem,) = problems(tmp_path, recipe)
-        assert problem.startswith("tensor 'lm_head.weight' is in ")
+    recipe = {"merge_method": "passthrough",
+              "slices": [{"sources": [source(base, 0, 4)]}, {"sources": [source(one, 1, 3)]}]}  # fmt: skip
+    merged = merge(tmp_path, recipe)
+    assert torch.equal(merged["lm_head.weight"], tensors["model.embed_tokens.weight"])
 
 
 def test_modules_lose_no_tensor_that_only_one_model_has(tmp_path: Path, models: list[Path]) -> None:

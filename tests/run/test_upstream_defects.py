@@ -82,7 +82,13 @@ def test_10_a_tensor_that_one_model_lacks_is_named_and_never_dropped(tmp_path: P
     models = make_models(tmp_path / "models", 1, shapes={"w": (4, 4)})
     tensors = load_file(models[1] / "model.safetensors")
     save_model(models[1], {**tensors, "q_proj.bias": torch.zeros(4)})
-    with pytest.raises(RecipeError, match=r"tensor 'q_proj.bias' is in .*m0 and not in .*base"):
+    notes: list[str] = []
+    merged = merge(tmp_path, task_vectors("task_arithmetic", models), note=notes.append)
+    assert torch.equal(merged["q_proj.bias"], torch.zeros(4))
+    assert any("q_proj.bias is not in every model: copied from" in note for note in notes)
+    save_model(models[1], {**tensors, "model.layers.0.q_proj.bias": torch.zeros(4)})
+    save_model(models[0], {**load_file(models[0] / "model.safetensors"), "model.layers.0.w": torch.zeros(4)})
+    with pytest.raises(RecipeError, match=r"tensor 'model.layers.0.q_proj.bias' is in .*m0 and not in .*base"):
         merge(tmp_path, task_vectors("task_arithmetic", models))
 
 
