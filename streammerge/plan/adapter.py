@@ -20,10 +20,11 @@ from typing import Any
 
 from streammerge.base.dtypes import DTYPES
 from streammerge.base.errors import InputError, UserError
-from streammerge.storage.checkpoint import Checkpoint, TensorSpec, open_checkpoint
+from streammerge.plan.pickled import open_model
+from streammerge.storage.checkpoint import Checkpoint, TensorSpec, leads_outside
 
 CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _MAX_CONFIG_BYTES = 10_000_000
 
 _PREFIX = re.compile(r"base_model\.model\.")
@@ -91,9 +92,12 @@ def open_adapter(path: Path) -> Adapter:
     if not isinstance(config, dict):
         raise InputError(f"{file}: is not a JSON object.")
     _check_kind(file, config)
-    if not (path / WEIGHTS_NAME).exists():
-        raise InputError(f"{path}: holds no {WEIGHTS_NAME}; adapters are read from safetensors only.")
-    return Adapter(open_checkpoint(path / WEIGHTS_NAME), config)
+    weights = next((path / name for name in _WEIGHTS if (path / name).exists()), None)
+    if weights is None:
+        raise InputError(f"{path}: holds none of {' and '.join(_WEIGHTS)}.")
+    if (target := leads_outside(path, weights.name)) is not None:
+        raise InputError(f"{weights}: is a link to {target}, outside {path}. Refused.")
+    return Adapter(open_model(weights), config)
 
 
 def _check_kind(file: Path, config: Mapping[str, Any]) -> None:

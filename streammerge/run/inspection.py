@@ -7,7 +7,8 @@ from pathlib import Path
 
 from streammerge.base.errors import InputError
 from streammerge.plan.names import layer_of
-from streammerge.storage.checkpoint import Checkpoint, TensorSpec, open_checkpoint
+from streammerge.plan.pickled import open_model
+from streammerge.storage.checkpoint import Checkpoint, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ def inspect(path: Path) -> Inspection:
     """Look at the checkpoint at `path`. Raises InputError, naming the file that is missing or damaged."""
     if not path.exists():
         raise InputError(f"{path}: there is no such file or directory.")
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_model(path)
     dtypes: dict[str, tuple[int, int]] = {}
     layers: dict[str, int] = {}
     for spec in checkpoint.tensors.values():

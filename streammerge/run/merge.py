@@ -24,6 +24,7 @@ from streammerge.kernels.contract import Program
 from streammerge.plan.adapter import open_adapter
 from streammerge.plan.budget import Schedule, bytes_to_read, make_schedule
 from streammerge.plan.layout import DEFAULT_SHARD_BYTES, index_file
+from streammerge.plan.pickled import open_model
 from streammerge.plan.plan import Plan, build_plan
 from streammerge.plan.recipe import Recipe, load_recipe
 from streammerge.plan.reference import parse_reference, resolve_local
@@ -52,7 +53,7 @@ from streammerge.run.sidefiles import (
     side_files,
 )
 from streammerge.run.survey import SurveyBook, survey
-from streammerge.storage.checkpoint import Checkpoint, open_checkpoint
+from streammerge.storage.checkpoint import Checkpoint
 from streammerge.storage.sink import Shard, free_bytes, partial_path, write_file
 from streammerge.storage.source import Source
 
@@ -167,7 +168,7 @@ def open_models(recipe: Recipe) -> tuple[list[Model], list[Checkpoint]]:
     order = list(dict.fromkeys(path.resolve() for _, path, _ in places))
     adapters = {adapter.resolve(): open_adapter(adapter) for _, _, adapter in places if adapter is not None}
     numbers = {path: len(order) + i for i, path in enumerate(adapters)}
-    opened = [open_checkpoint(bases[path]) for path in order]
+    opened = [open_model(bases[path]) for path in order]
     models = [
         Model(
             text,

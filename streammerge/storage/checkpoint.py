@@ -71,34 +71,58 @@ class Checkpoint:
         return sum(spec.nbytes for spec in self.tensors.values())
 
 
+Opener = Callable[[Path], tuple[Header, os.stat_result]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a kind of weights lies in a directory: names of the index and of a single file, all files, how one opens."""
+
+    index: str
+    single: str
+    every: str
+    open: Opener
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read the headers of the checkpoint at `path` (a directory, or one safetensors file).
 
     Raises InputError when it is missing, damaged, or when index and files disagree.
     """
     if _is(path, stat.S_ISREG):
-        return _gather(path, [(path.name, *open_file(path))])
+        return open_single(path, open_file)
     if not _is(path, stat.S_ISDIR):
         raise InputError(f"{path}: no such model. Give a directory with safetensors files, or one such file.")
-    index, single = path / INDEX_NAME, path / SINGLE_NAME
+    checkpoint = open_directory(path, Layout(INDEX_NAME, SINGLE_NAME, "*.safetensors", open_file))
+    if checkpoint is None:
+        raise InputError(f"{path}: holds no safetensors file.")
+    return checkpoint
+
+
+def open_single(path: Path, opener: Opener) -> Checkpoint:
+    """A checkpoint that is one file. Raises InputError."""
+    return _gather(path, [(path.name, *opener(path))])
+
+
+def open_directory(path: Path, layout: Layout) -> Checkpoint | None:
+    """The checkpoint in a directory, or None when it holds no files of this layout. Raises InputError."""
+    index, single = path / layout.index, path / layout.single
     if index.exists():
         weight_map = read_index(index)
         names = sorted(set(weight_map.values()))
-        if single.exists() and SINGLE_NAME not in names:
+        if single.exists() and layout.single not in names:
             raise InputError(
-                f"{path}: holds both {SINGLE_NAME} and an index of other shards; one of them is left over from an "
+                f"{path}: holds both {layout.single} and an index of other shards; one of them is left over from an "
                 f"earlier save. Remove the wrong one, or name the file itself as the model."
             )
         missing = [name for name in names if not _is(path / name, stat.S_ISREG)]
         if missing:
             raise InputError(f"{index}: names {_listing(missing)}, which {_are(missing)} not there. Download again.")
-        checkpoint = _gather(path, [(name, *_open_own(path, name)) for name in names])
+        checkpoint = _gather(path, [(name, *_open_own(path, name, layout.open)) for name in names])
         _check_index(index, weight_map, checkpoint)
         return checkpoint
-    names = [SINGLE_NAME] if single.exists() else sorted(file.name for file in path.glob("*.safetensors"))
-    if not names:
-        raise InputError(f"{path}: holds no safetensors file.{_hint(path)}")
-    return _gather(path, [(name, *_open_own(path, name)) for name in names])
+    names = [layout.single] if single.exists() else sorted(file.name for file in path.glob(layout.every))
+    return _gather(path, [(name, *_open_own(path, name, layout.open)) for name in names]) if names else None
 
 
 def leads_outside(directory: Path, name: str) -> Path | None:
@@ -111,13 +135,13 @@ def leads_outside(directory: Path, name: str) -> Path | None:
     return None if target.is_relative_to(home) or is_blob else target
 
 
-def _open_own(directory: Path, name: str) -> tuple[Header, os.stat_result]:
+def _open_own(directory: Path, name: str, opener: Opener) -> tuple[Header, os.stat_result]:
     if (target := leads_outside(directory, name)) is not None:
         raise InputError(
             f"{directory / name}: is a link to {target}, outside {directory}. Refused: a checkpoint may not name "
             f"files elsewhere. If the link is your own, put the file itself there, or a hard link (ln without -s)."
         )
-    return open_file(directory / name)
+    return opener(directory / name)
 
 
 def open_file(path: Path) -> tuple[Header, os.stat_result]:
@@ -203,8 +227,3 @@ def _listing(names: list[str]) -> str:
 
 def _are(names: list[str]) -> str:
     return "are" if len(names) > 1 else "is"
-
-
-def _hint(path: Path) -> str:
-    pickles = sorted(path.glob("*.bin"))
-    return f" It has {pickles[0].name}: pickled weights cannot be read yet; convert them first." if pickles else ""

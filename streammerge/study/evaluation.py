@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Literal
 
 from streammerge.base.errors import InputError, RecipeError, UserError
+from streammerge.plan.pickled import open_model
 from streammerge.plan.plan import Plan
 from streammerge.plan.recipe import load_recipe, parse_recipe
 from streammerge.run.memory import refusals
 from streammerge.run.merge import Options, plan_recipe, stop_signals
-from streammerge.storage.checkpoint import open_checkpoint
 from streammerge.study.analysis import StudyObserver
 from streammerge.study.findings import Row
 from streammerge.study.scoring import default_metric
@@ -82,7 +82,7 @@ def _plan(path: Path, options: StudyOptions, observer: StudyObserver) -> Plan:
     """The plan of a recipe, or of a checkpoint as it is."""
     merging = Options(seed=options.seed, strict=options.strict)
     if path.is_dir() or path.suffix == ".safetensors":
-        open_checkpoint(path)
+        open_model(path)
         text = f"merge_method: passthrough\nmodels:\n  - model: {json.dumps(str(path.resolve()))}\n"
         return plan_recipe(parse_recipe(text, path / "recipe"), merging)
     if not path.exists():

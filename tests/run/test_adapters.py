@@ -134,6 +134,17 @@ def test_a_folded_model_is_what_peft_makes_of_it_to_one_rounding(tmp_path: Path,
     assert changed
 
 
+def test_an_adapter_may_be_pickled(tmp_path: Path) -> None:
+    adapted = CASES["plain"](tmp_path)
+    expected = fold(tmp_path, adapted)
+    weights = adapted.adapter / "adapter_model.safetensors"
+    torch.save(load_file(weights), adapted.adapter / "adapter_model.bin")
+    weights.unlink()
+    shutil.rmtree(tmp_path / "out")
+    found = fold(tmp_path, adapted)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 # --- in merges -------------------------------------------------------------------------------------------------------
 
 # Around the edges of blocks: rows that divide them, rows that do not, rows wider than one, a column.
@@ -385,7 +396,7 @@ def test_a_configuration_that_cannot_be_followed_is_an_error(
 
 def test_what_is_no_adapter_is_an_input_error(broken: Broken, tmp_path: Path) -> None:
     broken.tensors = {}
-    assert "holds no adapter_model.safetensors" in broken.refusal(InputError)
+    assert "holds none of adapter_model.safetensors and adapter_model.bin" in broken.refusal(InputError)
     for content in ("[]", "{", "[" * 5000):
         (tmp_path / "lora" / "adapter_config.json").write_text(content)
         recipe = tmp_path / "r.yaml"

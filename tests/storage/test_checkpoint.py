@@ -240,12 +240,6 @@ def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
-def test_a_directory_with_pickles_only_gets_a_hint(tmp_path: Path) -> None:
-    (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
-    with pytest.raises(InputError, match=r"It has pytorch_model\.bin: pickled weights cannot be read yet; convert"):
-        open_checkpoint(tmp_path)
-
-
 @pytest.mark.parametrize(
     "content", [b"", b"PK\x03\x04" + bytes(100), b"GGUF" + bytes(100), b"hello, world, how are you?"]
 )
