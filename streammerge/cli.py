@@ -142,7 +142,7 @@ def plan(
         from streammerge.run.merge import make_plan, schedule_for
         from streammerge.run.sidefiles import copied_files
 
-        made, notes = _plan_before_analysis(recipe, options) or (make_plan(recipe, options), [])
+        made, notes = _plan_before_analysis(recipe, options) or (make_plan(recipe, options, terminal.note), [])
         schedule = schedule_for(made, options)
         computing = consider(made.tensors, schedule, "auto", on_gpu=False).seconds
         seconds = estimate_seconds(made, made.tensors, schedule, computing)

@@ -133,6 +133,7 @@ def _facts(recipe: Recipe, models: Sequence[Model], checkpoints: Sequence[Checkp
         "inputs": [
             {"model": model.reference, "files": _file_facts(checkpoints[model.checkpoint])}
             | ({} if model.adapter is None else {"adapter": _file_facts(checkpoints[model.adapter[0]])})
+            | ({"commits": list(model.commits)} if model.commits else {})
             for model in models
         ],
         "shards": {shard.name: xxhash.xxh3_128_hexdigest(shard.header) for shard in shards},

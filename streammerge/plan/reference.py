@@ -53,8 +53,7 @@ def resolve_local(model: str, recipe_path: Path) -> Path:
     if path is not None:
         return path
     places = f"{Path.cwd()}" if recipe_path.parent.resolve() == Path.cwd() else f"{Path.cwd()} and {recipe_path.parent}"
-    hub = " Names on the Hub are still to come: download it first." if model.count("/") == 1 else ""
-    raise InputError(f"{recipe_path}: model {model!r} is not there (looked in {places}).{hub}")
+    raise InputError(f"{recipe_path}: model {model!r} is not there (looked in {places}).")
 
 
 def _split(text: str, recipe_path: Path) -> tuple[str, str | None]:

@@ -59,13 +59,15 @@ class Folded:
 class Model:
     """A model of the recipe, by the numbers of its checkpoint and its adapter's in the plan.
 
-    `tied` is what its config.json says of its head: that it is the embedding, that it is not, or nothing.
+    `tied` is what its config.json says of its head: that it is the embedding, that it is not, or nothing. `commits` are
+    those of the Hub that its files, and its adapter's, are of.
     """
 
     reference: str
     checkpoint: int
     adapter: tuple[int, Adapter] | None = None
     tied: bool | None = None
+    commits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -17,19 +17,15 @@ from typing import Literal, Protocol
 
 import torch
 
-from streammerge.base.errors import DoesNotFit, InputError, RecipeError, Stopped, UserError, VerificationFailed
+from streammerge.base.errors import DoesNotFit, Stopped, UserError, VerificationFailed
 from streammerge.base.units import format_size
 from streammerge.kernels.compiled import Cache, Run, Signature
 from streammerge.kernels.contract import Program
-from streammerge.plan.adapter import open_adapter
 from streammerge.plan.budget import Schedule, bytes_to_read, make_schedule
 from streammerge.plan.layout import DEFAULT_SHARD_BYTES, index_file
-from streammerge.plan.pickled import open_model
 from streammerge.plan.plan import Plan, build_plan
 from streammerge.plan.recipe import Recipe, load_recipe
-from streammerge.plan.reference import parse_reference, resolve_local
 from streammerge.plan.tensor import TensorPlan
-from streammerge.plan.view import Model
 from streammerge.run.arena import Arena
 from streammerge.run.check import verify, verify_inputs
 from streammerge.run.compiling import Compile, consider
@@ -41,6 +37,7 @@ from streammerge.run.lane import CpuLane, Lane
 from streammerge.run.looking import Looker
 from streammerge.run.manifest import manifest
 from streammerge.run.memory import Meter, memory_limit, processors, refusals, usage
+from streammerge.run.models import open_models
 from streammerge.run.output import MANIFEST_NAME, check_apart, claim, finish, finished_digest, is_complete, trust
 from streammerge.run.pipeline import READ_THREADS, ReadAhead, WriteBehind
 from streammerge.run.sidefiles import (
@@ -49,11 +46,9 @@ from streammerge.run.sidefiles import (
     architecture,
     copied_files,
     left_files,
-    says_tied,
     side_files,
 )
 from streammerge.run.survey import SurveyBook, survey
-from streammerge.storage.checkpoint import Checkpoint
 from streammerge.storage.sink import Shard, free_bytes, partial_path, write_file
 from streammerge.storage.source import Source
 
@@ -120,16 +115,20 @@ class Observer(Protocol):
         """Entered while the engine works; `status` may be asked from any thread. The totals are still to do."""
 
 
-def make_plan(recipe_path: Path, options: Options) -> Plan:
+def _unheard(text: str) -> None:
+    pass
+
+
+def make_plan(recipe_path: Path, options: Options, note: Callable[[str], None] = _unheard) -> Plan:
     """Read recipe and headers, and plan."""
-    return plan_recipe(load_recipe(recipe_path, strict=options.strict), options)
+    return plan_recipe(load_recipe(recipe_path, strict=options.strict), options, note)
 
 
-def plan_recipe(recipe: Recipe, options: Options) -> Plan:
-    """Find and open the models of a recipe, and plan."""
+def plan_recipe(recipe: Recipe, options: Options, note: Callable[[str], None] = _unheard) -> Plan:
+    """Find and open the models of a recipe, and plan. `note` hears of downloads."""
     if options.rng == "mergekit" and not 0 <= options.seed < 2**32:
         raise UserError(f"--seed {options.seed}: mergekit's are from 0 to {2**32 - 1}.")
-    models, checkpoints = open_models(recipe)
+    models, checkpoints = open_models(recipe, note)
     made = build_plan(
         recipe, models, checkpoints, seed=options.seed, shard_bytes=options.shard_bytes, strict=options.strict,
         sequential=options.rng == "mergekit",
@@ -141,44 +140,6 @@ def plan_recipe(recipe: Recipe, options: Options) -> Plan:
         listed = ", ".join(f"{model} is {kind}" for model, kind in kinds.items())
         made = replace(made, warnings=(*made.warnings, f"{listed}: merged because names and shapes agree"))
     return made
-
-
-def open_models(recipe: Recipe) -> tuple[list[Model], list[Checkpoint]]:
-    """The models of a recipe, and their checkpoints, each once, with those of adapters last.
-
-    Raises InputError, with all that are not there, and RecipeError when two are the same.
-    """
-    places: list[tuple[str, Path, Path | None]] = []
-    missing = []
-    for text in recipe.inputs:
-        reference = parse_reference(text, recipe.path)
-        try:
-            adapter = None if reference.adapter is None else resolve_local(reference.adapter, recipe.path)
-            places.append((text, resolve_local(reference.model, recipe.path), adapter))
-        except InputError as error:
-            missing.append(str(error))
-    if missing:
-        raise InputError("\n".join(missing))
-    first: dict[tuple[Path, Path | None], str] = {}
-    for text, path, adapter in places:
-        same = first.setdefault((path.resolve(), adapter and adapter.resolve()), text)
-        if same != text:
-            raise RecipeError(str(recipe.path), [f"{same} and {text} are the same model; list it once"])
-    bases = {path.resolve(): path for _, path, _ in reversed(places)}
-    order = list(dict.fromkeys(path.resolve() for _, path, _ in places))
-    adapters = {adapter.resolve(): open_adapter(adapter) for _, _, adapter in places if adapter is not None}
-    numbers = {path: len(order) + i for i, path in enumerate(adapters)}
-    opened = [open_model(bases[path]) for path in order]
-    models = [
-        Model(
-            text,
-            order.index(path.resolve()),
-            None if adapter is None else (numbers[adapter.resolve()], adapters[adapter.resolve()]),
-            says_tied(opened[order.index(path.resolve())]),
-        )
-        for text, path, adapter in places
-    ]
-    return models, [*opened, *(adapter.checkpoint for adapter in adapters.values())]
 
 
 def schedule_for(plan: Plan, options: Options) -> Schedule:
@@ -202,7 +163,7 @@ def merge(recipe_path: Path, out: Path, options: Options, observer: Observer) ->
 
     Raises the errors of base/errors.py; whatever happens, `out` holds complete shards under their names or none.
     """
-    plan = make_plan(recipe_path, options)
+    plan = make_plan(recipe_path, options, observer.note)
     for warning in plan.warnings:
         observer.note(f"{recipe_path}: {warning}")
     for sentence in left_files(plan):

@@ -19,6 +19,7 @@ from streammerge.base.errors import InputError
 from streammerge.plan.names import head_of, stacks
 from streammerge.plan.plan import Plan
 from streammerge.plan.view import Model
+from streammerge.run.hub import HUB_NAME
 from streammerge.storage.checkpoint import Checkpoint, leads_outside
 
 RECIPE_NAME = "mergekit_config.yml"
@@ -32,7 +33,6 @@ _NUMBERS_OF_LAYERS = re.compile(r"layers|layer_ind|idxs|layer_ids")
 _TIED = "tie_word_embeddings"
 # How configs call the number of layers.
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def copied_files(plan: Plan) -> list[Path]:
@@ -222,7 +222,8 @@ def model_card(plan: Plan) -> bytes:
         "tags": ["merge", "mergekit", "streammerge"],
     }
     # The Hub knows names, not somebody's folders.
-    named = [model.reference for model in plan.models if _HUB_NAME.fullmatch(model.reference)]
+    parts = [part.partition("@")[0] for model in plan.models for part in model.reference.split("+")]
+    named = [part for part in dict.fromkeys(parts) if HUB_NAME.fullmatch(part)]
     if named:
         front["base_model"] = named
     if len(known) == 1 and None not in every:

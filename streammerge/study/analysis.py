@@ -74,7 +74,7 @@ def analyze_recipe(recipe_path: Path, out: Path, work: Path, options: StudyOptio
         observer.note(f"{recipe_path}: {warning}")
     given = _given(recipe)
     template = _template(recipe)
-    plan = plan_recipe(template, Options(seed=options.seed, strict=options.strict))
+    plan = plan_recipe(template, Options(seed=options.seed, strict=options.strict), observer.note)
     with ExitStack() as stack:
         stopping = stack.enter_context(stop_signals())
         if recipe.proxy is not None and tasks_file is None:
@@ -107,7 +107,8 @@ def decided_for_merge(recipe_path: Path, out: Path, work: Path, options: StudyOp
     What is wrong with `out` or its disk, and if they are to be `verified` with the inputs, is said before the analysis.
     """
     recipe = load_recipe(recipe_path, strict=options.strict)
-    plan = plan_recipe(_template(recipe), Options(seed=options.seed, strict=options.strict, shard_bytes=shard_bytes))
+    merging = Options(seed=options.seed, strict=options.strict, shard_bytes=shard_bytes)
+    plan = plan_recipe(_template(recipe), merging, observer.note)
     check_apart(out, plan.checkpoints)
     check_apart(work, plan.checkpoints)
     check_usable(out)

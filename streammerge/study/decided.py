@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from streammerge.plan.recipe import Recipe
-from streammerge.plan.reference import parse_reference, resolve_local
+from streammerge.plan.reference import find_local, parse_reference
 
 
 def decided_recipe(recipe: Recipe, parameters: Sequence[Mapping[str, Any]], comments: Mapping[str, str],
@@ -56,9 +56,16 @@ def _reference(model: str, recipe: Path, out: Path) -> str:
     if Path(model).expanduser().is_absolute() or out.parent.resolve() == recipe.parent.resolve():
         return model
     reference = parse_reference(model, recipe)
-    path = os.fspath(resolve_local(reference.model, recipe).resolve())
-    adapter = reference.adapter
-    return path if adapter is None else f"{path}+{resolve_local(adapter, recipe).resolve()}"
+    parts = [(reference.model, reference.revision), (reference.adapter, reference.adapter_revision)]
+    return "+".join(_named(name, revision, recipe) for name, revision in parts if name is not None)
+
+
+def _named(name: str, revision: str | None, recipe: Path) -> str:
+    """A path in full, a name on the Hub as it was."""
+    local = find_local(name, recipe)
+    if local is not None:
+        return os.fspath(local.resolve())
+    return name if revision is None else f"{name}@{revision}"
 
 
 def _field(name: str, value: Any) -> str:

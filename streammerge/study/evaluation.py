@@ -93,7 +93,7 @@ def _plan(path: Path, options: StudyOptions, observer: StudyObserver) -> Plan:
         raise RecipeError(str(path), [advice])
     for warning in recipe.warnings:
         observer.note(f"{path}: {warning}")
-    return plan_recipe(recipe, merging)
+    return plan_recipe(recipe, merging, observer.note)
 
 
 def _name(path: Path, others: Sequence[Path]) -> str:
