@@ -258,6 +258,50 @@ def inspect(
 
 
 @app.command()
+def diff(
+    first: Annotated[str, typer.Argument(metavar="A", help="A model, named as in a recipe.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another of the same shapes.")],
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="C", help="Compare their deltas from this, too.")
+    ] = None,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="A row for every tensor, not only for every layer.")
+    ] = False,
+    heatmap: Annotated[
+        Path | None, typer.Option("--heatmap", metavar="FILE.html", help="Draw layers by kinds of tensors as a page.")
+    ] = None,
+    max_memory: MaxMemory = None,
+    threads: Threads = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only notes and errors.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare models A and B layer by layer: size of the difference, cosine, share of changed elements.
+
+    With a base C also how their deltas lie to each other, and the share of elements they move in opposite directions.
+    """
+    with _terminal(quiet=quiet, as_json=as_json) as terminal:
+        memory = None if max_memory is None else parse_size(max_memory, flag="--max-memory")
+        from streammerge import difference_report
+        from streammerge.run.difference import compare
+        from streammerge.storage.sink import write_file
+
+        with terminal.steps() as steps:
+            steps.stage(f"comparing {first} and {second}")
+            found = compare(
+                first, second, base, max_memory=memory, threads=threads, note=terminal.note, progress=steps.progress
+            )
+        for warning in found.warnings:
+            terminal.note(warning)
+        if heatmap is not None:
+            write_file(heatmap, difference_report.difference_page(found).encode())
+        if as_json:
+            terminal.event("diff", difference_report.difference_json(found))
+            return
+        terminal.table("diff", difference_report.difference_table(found, tensors=tensors))
+        terminal.rows("diff", difference_report.difference_rows(found))
+
+
+@app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One method, to be shown whole.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="All of them as a page.")] = False,

@@ -37,6 +37,7 @@ FRONT = {
     "analysis_report",
     "api",
     "cli",
+    "difference_report",
     "methods_report",
     "report",
     "svg",

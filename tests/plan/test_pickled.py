@@ -80,7 +80,7 @@ def test_a_merge_of_pickled_models_is_that_of_the_same_in_safetensors(tmp_path: 
     for number, (first, *others) in enumerate(((base, *models), pickled)):
         recipe = write_recipe(tmp_path / f"{number}.yaml", "ties", others, base=first,
                               per_model={"weight": 0.6, "density": 0.4})  # fmt: skip
-        streammerge.merge(recipe, tmp_path / f"out{number}", compile="off", threads=2, max_memory="1GB")
+        streammerge.merge(recipe, tmp_path / f"out{number}", compile="off", threads=2)
         outs.append(tmp_path / f"out{number}")
     assert read_tensors(outs[0]) == read_tensors(outs[1])
     assert not list(outs[1].glob("*.bin"))
