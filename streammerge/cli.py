@@ -21,6 +21,8 @@ from streammerge.ui import Steps, Terminal
 if TYPE_CHECKING:
     from streammerge.plan.budget import Schedule
     from streammerge.plan.plan import Plan
+    from streammerge.run.health import Health
+    from streammerge.run.inspection import Inspection
     from streammerge.run.merge import Options, Status
     from streammerge.study.analysis import ProxyFindings
     from streammerge.study.findings import Findings
@@ -240,21 +242,45 @@ def verify(out: OutPath, as_json: Json = False) -> None:
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint directory, or one safetensors file.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    health: Annotated[bool, typer.Option("--health", help="Read it all: NaN, zeros, duplicates.")] = False,
+    max_memory: MaxMemory = None,
     as_json: Json = False,
 ) -> None:
-    """Show what the checkpoint at PATH holds: files, tensors, dtypes, shapes, sizes."""
+    """Show what the checkpoint at PATH holds: files, tensors, dtypes, shapes, sizes, layers, vocabulary.
+
+    Reads headers only, unless --health is asked for.
+    """
     with _terminal(as_json=as_json) as terminal:
+        memory = None if max_memory is None else parse_size(max_memory, flag="--max-memory")
         from streammerge import report
         from streammerge.run.inspection import inspect as run_inspect
 
         found = run_inspect(path.expanduser())
+        checked = _health(terminal, found, memory, silent=as_json) if health else None
         if as_json:
-            terminal.document(report.inspection_json(found))
+            more = {} if checked is None else {"health": report.health_json(checked)}
+            terminal.document(report.inspection_json(found) | more)
             return
         terminal.rows("inspect", report.inspection_rows(found))
         if tensors:
             width = max(len(spec.name) for spec in found.tensors)
             terminal.lines([f"{spec.name:<{width}}  {spec.dtype:<5} {list(spec.shape)}" for spec in found.tensors])
+        if checked is not None:
+            terminal.rows("health", report.health_rows(checked))
+
+
+def _health(terminal: Terminal, found: Inspection, memory: int | None, *, silent: bool) -> Health:
+    from streammerge.run.health import check_health
+    from streammerge.run.merge import stop_signals
+
+    def unheard(done: float, total: float) -> None:
+        pass
+
+    with terminal.steps() as steps, stop_signals() as stopping:
+        if not silent:
+            steps.stage("reading all weights")
+        progress = unheard if silent else steps.progress
+        return check_health(found.checkpoint, max_memory=memory, stopping=stopping, progress=progress)
 
 
 @app.command()

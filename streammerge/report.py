@@ -10,12 +10,15 @@ from streammerge.kernels.contract import Settings
 from streammerge.plan.budget import Schedule, bytes_to_read
 from streammerge.plan.plan import Plan
 from streammerge.run.check import Verdict
+from streammerge.run.health import Health
 from streammerge.run.inspection import Inspection
 from streammerge.run.merge import Report
 
 Rows = list[tuple[str, str]]
 _SHOWN = 5
 _WORTH_SAYING = 0.1
+# Findings of one kind that are shown on a terminal.
+_MOST = 10
 
 
 def plan_rows(plan: Plan, schedule: Schedule, seconds: float, side_files: list[str]) -> Rows:
@@ -148,7 +151,33 @@ def inspection_rows(inspection: Inspection) -> Rows:
     rows += [(dtype, f"{_count(count, 'tensor')}, {format_size(nbytes)}")
              for dtype, (count, nbytes) in sorted(inspection.dtypes.items())]  # fmt: skip
     rows += [("layers", f"{count} under {stack or 'the top'}") for stack, count in inspection.layers.items()]
+    if inspection.vocabulary is not None:
+        rows.append(("vocabulary", f"{inspection.vocabulary:,} rows"))
+    if inspection.quantised is not None:
+        rows.append(("quantised", f"{inspection.quantised}, says config.json"))
     return rows
+
+
+def health_rows(health: Health) -> Rows:
+    """What is odd in the weights."""
+    rows = [
+        ("not finite", f"{_count(count, 'number')} of {name}") for name, count in list(health.nonfinite.items())[:_MOST]
+    ]
+    rows += [("all zero", name) for name in health.zeros[:_MOST]]
+    rows += [("the same", ", ".join(names[:_MOST])) for names in health.duplicates[:_MOST]]
+    hidden = sum(max(0, len(each) - _MOST) for each in (health.nonfinite, health.zeros, health.duplicates))
+    if hidden:
+        rows.append(("and", f"{hidden} more; --json lists all"))
+    return rows or [("health", "every number is finite, no tensor is all zero, no two matrices are the same")]
+
+
+def health_json(health: Health) -> dict[str, Any]:
+    """All of it."""
+    return {
+        "nonfinite": health.nonfinite,
+        "zeros": list(health.zeros),
+        "duplicates": [list(names) for names in health.duplicates],
+    }
 
 
 def inspection_json(inspection: Inspection) -> dict[str, Any]:
@@ -161,6 +190,8 @@ def inspection_json(inspection: Inspection) -> dict[str, Any]:
         "bytes": checkpoint.nbytes,
         "dtypes": {name: {"tensors": count, "bytes": nbytes} for name, (count, nbytes) in inspection.dtypes.items()},
         "layers": inspection.layers,
+        "vocabulary": inspection.vocabulary,
+        "quantised": inspection.quantised,
         "tensors": [
             {**asdict(spec), "shape": list(spec.shape), "file": checkpoint.files[spec.file].name}
             for spec in inspection.tensors

@@ -122,6 +122,12 @@ def says_tied(checkpoint: Checkpoint) -> bool | None:
     return flags[0] if flags else None
 
 
+def quantisation_of(checkpoint: Checkpoint) -> str | None:
+    """How the config.json beside a checkpoint says that its weights are quantised, or None."""
+    found = _config_of(checkpoint).get("quantization_config")
+    return str(found.get("quant_method", "quantised")) if isinstance(found, dict) else None
+
+
 def _config_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """The config.json beside a checkpoint; empty when there is none that can be read."""
     try:

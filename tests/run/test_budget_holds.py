@@ -226,6 +226,20 @@ def test_a_sweep_works_in_a_cgroup_of_the_smallest_budget_that_a_refusal_names(g
     assert squeezed.events[-1]["table"] == free.events[-1]["table"]
 
 
+@pytest.mark.nightly
+def test_comparing_and_looking_work_in_a_cgroup_of_the_smallest_budget_that_a_refusal_names(
+    groups: Groups, tmp_path: Path
+) -> None:
+    base, *models = make_models(tmp_path, shapes=SHAPES)
+    arguments = ("diff", *models, "--base", base, "--json")
+    budget = _smallest(*arguments)
+    squeezed = run(*arguments, "--max-memory", str(budget), before=joining(groups(budget)))
+    assert squeezed.code == 0, squeezed.err
+    assert squeezed.events[-1] == run(*arguments).events[-1]
+    healthy = run("inspect", base, "--health", "--max-memory", str(budget), before=joining(groups(budget)))
+    assert "every number is finite" in healthy.out
+
+
 def _large_family(folder: Path) -> tuple[Path, list[Path], Path]:
     """A base and two models of 150 MB, and tasks for them."""
     base = make_model(folder / "base", dtype=torch.bfloat16, hidden_size=1024, intermediate_size=4096,
