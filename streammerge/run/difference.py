@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from streammerge.kernels.blocksum import total
 from streammerge.kernels.contract import Look, Problem, Surveying
 from streammerge.kernels.difference import MOMENTS, Moments
 from streammerge.plan.group import Group
@@ -102,7 +103,9 @@ def _order(name: str) -> tuple[int, str, int]:
 
 def together(distances: Sequence[Distance]) -> Distance:
     """The distance over several tensors."""
-    sums = Moments(*(math.fsum(column) for column in zip(*(each.sums for each in distances), strict=True)))
+    if not distances:
+        return Distance(0, Moments(*[0.0] * 7))
+    sums = Moments(*total(torch.tensor([each.sums for each in distances], dtype=torch.float64)))
     return Distance(sum(each.elements for each in distances), sums)
 
 

@@ -105,6 +105,20 @@ def test_equal_models_and_zeros_and_numbers_that_are_not_finite(tmp_path: Path) 
     assert diff(base, bad).whole.changed == 1.0
 
 
+def test_models_of_nothing_to_compare_and_numbers_whose_squares_are_too_large(tmp_path: Path) -> None:
+    one, two = (save_model(tmp_path / name, {"i": torch.arange(n)}) for name, n in (("one", 3), ("two", 3)))
+    assert diff(one, two).whole.elements == 0
+    assert run("diff", one, two).code == 0
+    assert run("diff", one, two, "--json").code == 0
+    large, small = torch.tensor([1e200, 1.0], dtype=torch.float64), torch.tensor([-1e200, 3.0], dtype=torch.float64)
+    a = save_model(tmp_path / "a", {"w": large, "v": large, "e": torch.empty(0, 3)})
+    b = save_model(tmp_path / "b", {"w": small, "v": large, "e": torch.empty(0, 3)})
+    assert run("diff", a, b).code == 0
+    facts = run("diff", a, b, "--json").events[-1]
+    assert facts["all"]["relative"] is None
+    assert facts["tensors"]["w"]["changed"] == 1.0
+
+
 def test_what_cannot_be_compared_is_one_error(tmp_path: Path) -> None:
     base, _ = make_models(tmp_path, 1, shapes=SHAPES)
     other = save_model(tmp_path / "other", make_tensors(0, shapes={**SHAPES, "lm_head.weight": (4, 5)}))
