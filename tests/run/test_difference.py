@@ -111,8 +111,8 @@ def test_models_of_nothing_to_compare_and_numbers_whose_squares_are_too_large(tm
     assert run("diff", one, two).code == 0
     assert run("diff", one, two, "--json").code == 0
     large, small = torch.tensor([1e200, 1.0], dtype=torch.float64), torch.tensor([-1e200, 3.0], dtype=torch.float64)
-    a = save_model(tmp_path / "a", {"w": large, "v": large, "e": torch.empty(0, 3)})
-    b = save_model(tmp_path / "b", {"w": small, "v": large, "e": torch.empty(0, 3)})
+    a = save_model(tmp_path / "a", {"w": large, "v": large.clone(), "e": torch.empty(0, 3)})
+    b = save_model(tmp_path / "b", {"w": small, "v": large.clone(), "e": torch.empty(0, 3)})
     assert run("diff", a, b).code == 0
     facts = run("diff", a, b, "--json").events[-1]
     assert facts["all"]["relative"] is None
