@@ -26,6 +26,7 @@ from streammerge.storage.checkpoint import Checkpoint, TensorSpec, leads_outside
 CONFIG_NAME = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _MAX_CONFIG_BYTES = 10_000_000
+_LARGEST_NUMBER = 1e30
 
 _PREFIX = re.compile(r"base_model\.model\.")
 _PART = re.compile(
@@ -239,8 +240,10 @@ class _Fitting:
             raise _Broken(f"{patterns} is not a map")
         value = next((value for pattern, value in given.items() if _ends_with(module, pattern)), None)
         value = self._adapter.config.get(usual) if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise _Broken(f"{usual} is {value!r}, not a number")
+        # An integer may have more digits than a float has room for, and than are printed.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST_NUMBER:
+            shown = "a very large integer" if isinstance(value, int) else repr(value)
+            raise _Broken(f"{usual} is {shown}, not a number that can be used")
         return float(value)
 
     def _find(self, name: str) -> str | None:

@@ -114,6 +114,11 @@ class _Drafting:
         mismatch = self._check(places.all, operands, problems)
         vectors = {name for name, own in operands.items() if len(own[0].shape) < 2}
         settings = resolve(stage, places.all, vectors, problems)
+        problems += [
+            f"tensor {name!r} is not in every model, and {stage.method.name} compares models over many tensors here"
+            for name in sorted(places.partial & set(settings))
+            if stage.method.scope(settings[name]) != "tensor"
+        ]
         if mismatch is not None:
             if not problems:
                 raise ShapeMismatch(mismatch)

@@ -98,7 +98,8 @@ def _entries(path: Path, places: Mapping[int, int]) -> Iterator[Entry]:
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise _Refused(f"its entry {str(name)[:100]!r} is a {type(tensor).__name__}, not a tensor with a name")
         dtype = names.get(tensor.dtype)
-        if dtype is None or tensor.layout != torch.strided or tensor.is_quantized:
+        altered = tensor.is_neg() or tensor.is_conj()
+        if dtype is None or tensor.layout != torch.strided or tensor.is_quantized or altered:
             raise _Refused(f"its tensor {name!r} is of {tensor.dtype}, {tensor.layout}, which cannot be merged")
         if not tensor.is_contiguous():
             raise _Refused(f"its tensor {name!r} has the strides {tensor.stride()}; save a contiguous copy of it")

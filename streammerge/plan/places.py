@@ -48,6 +48,8 @@ class Places:
         # By module and model, the tensors that belong to it; None for all.
         self._wanted: dict[tuple[str | None, str], set[str] | None] = {}
         self.copied: dict[str, str] = {}
+        # Tensors that are merged of some models only.
+        self.partial: set[str] = set()
         self.warnings: list[str] = []
         self._find_owners()
         for module in stage.modules:
@@ -127,6 +129,7 @@ class Places:
                 self.copied[name] = source
                 return []
             part = some
+            self.partial.add(name)
         return [Place(part, module, name, (name,) * len(part.inputs), at, deep)]
 
     def _warnings_of_some(self) -> list[str]:

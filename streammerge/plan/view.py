@@ -108,10 +108,7 @@ def with_heads(views: Sequence[View], models: Sequence[Model]) -> tuple[list[Vie
     Also whether all are tied, so that the result is.
     """
     heads = {head for view in views if (head := head_of(view.tensors)) is not None}
-    ties = [
-        model.tied if model.tied is not None else head_of(view.tensors) is None
-        for view, model in zip(views, models, strict=True)
-    ]
+    ties = [_is_tied(view, model) for view, model in zip(views, models, strict=True)]
     if len(heads) != 1:
         return list(views), not heads and all(ties)
     (head,) = heads
@@ -121,3 +118,11 @@ def with_heads(views: Sequence[View], models: Sequence[Model]) -> tuple[list[Vie
         own = view.tensors if embedding is None else {**view.tensors, head: view.tensors[embedding]}
         made.append(replace(view, tensors=own))
     return made, all(ties)
+
+
+def _is_tied(view: View, model: Model) -> bool:
+    head = head_of(view.tensors)
+    # A head that an adapter changed is one of its own, whatever the base's config says.
+    if head is not None and isinstance(view.tensors[head], Folded):
+        return False
+    return model.tied if model.tied is not None else head is None

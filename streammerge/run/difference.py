@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from streammerge.base.dtypes import DTYPES
 from streammerge.kernels.blocksum import total
 from streammerge.kernels.contract import Look, Problem, Surveying
 from streammerge.kernels.difference import MOMENTS, Moments
@@ -18,6 +19,7 @@ from streammerge.plan.names import is_front, layer_of
 from streammerge.plan.plan import Plan
 from streammerge.plan.recipe import parse_recipe
 from streammerge.plan.tensor import TensorPlan
+from streammerge.plan.view import Folded, Operand, Read, view_of, with_heads
 from streammerge.run.memory import refusals
 from streammerge.run.merge import Options, plan_recipe, schedule_for, stop_signals
 from streammerge.run.survey import ask_together
@@ -122,14 +124,19 @@ def compare(first: str, second: str, base: str | None, *, max_memory: int | None
     plan = plan_recipe(parse_recipe(text, Path("diff")), options, note)
     merged = [tensor for tensor in plan.tensors if tensor.steps and len(tensor.steps[-1].operands) == len(models)]
     whole = {tensor.name for tensor in merged}
-    rest = [tensor for tensor in plan.tensors if tensor.name not in whole]
-    integers = [tensor for tensor in rest if not tensor.steps and len(tensor.reads) == len(models)]
-    alone = [tensor.name for tensor in rest if tensor not in integers]
+    rest = [tensor.name for tensor in plan.tensors if tensor.name not in whole]
+    views, _ = with_heads([view_of(model, plan.checkpoints) for model in plan.models], plan.models)
+    integers = {
+        name: [view.tensors[name] for view in views[:2]]
+        for name in rest
+        if all(name in view.tensors and DTYPES[view.tensors[name].dtype].kind == "exact" for view in views)
+    }
+    alone = [name for name in rest if name not in integers]
     with stop_signals() as stopping:
         tensors = _measure(plan, merged, options, stopping, progress)
         sources = [Source(checkpoint) for checkpoint in plan.checkpoints]
         try:
-            differing = {tensor.name: _differs(tensor, sources) for tensor in integers}
+            differing = {name: _differs(pair, sources) for name, pair in integers.items()}
         finally:
             for source in sources:
                 source.close()
@@ -166,13 +173,16 @@ def _measure(plan: Plan, tensors: Sequence[TensorPlan], options: Options, stoppi
     return {tensor.name: Distance(tensor.elements, Moments(*sums[tensor.name].tolist())) for tensor in wide}
 
 
-def _differs(tensor: TensorPlan, sources: Sequence[Source]) -> bool:
-    """Whether the bytes of the first two reads differ."""
+def _differs(pair: Sequence[Operand], sources: Sequence[Source]) -> bool:
+    """Whether the bytes of two tensors of one shape and dtype differ."""
     one, two = bytearray(_PIECE), bytearray(_PIECE)
-    nbytes = tensor.reads[0].spec.nbytes
+    reads = [operand.read if isinstance(operand, Folded) else operand for operand in pair]
+    assert isinstance(reads[0], Read)
+    nbytes = reads[0].spec.nbytes
     for start in range(0, nbytes, _PIECE):
         size = min(_PIECE, nbytes - start)
-        for read, buffer in zip(tensor.reads, (one, two), strict=False):
+        for read, buffer in zip(reads, (one, two), strict=True):
+            assert isinstance(read, Read)
             spec = read.spec
             sources[read.checkpoint].read_into(memoryview(buffer)[:size], spec.file, spec.offset + start)
         if one[:size] != two[:size]:

@@ -65,12 +65,14 @@ def open_models(recipe: Recipe, note: Callable[[str], None]) -> tuple[list[Model
     adapters: dict[Path | None, Adapter] = {
         each.key[1]: open_adapter(each.adapter) for each in found if each.adapter is not None
     }
-    numbers = {path: number for number, path in enumerate((*checkpoints, *adapters))}
+    # A directory may hold both a model and an adapter.
+    numbers = {path: number for number, path in enumerate(checkpoints)}
+    after = {path: len(checkpoints) + number for number, path in enumerate(adapters)}
     models = [
         Model(
             each.text,
             numbers[each.key[0]],
-            None if each.adapter is None else (numbers[each.key[1]], adapters[each.key[1]]),
+            None if each.adapter is None else (after[each.key[1]], adapters[each.key[1]]),
             says_tied(checkpoints[each.key[0]]),
             each.commits,
         )

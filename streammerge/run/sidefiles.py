@@ -16,7 +16,7 @@ import yaml
 
 from streammerge.base.dtypes import RECIPE_DTYPES
 from streammerge.base.errors import InputError
-from streammerge.plan.names import head_of, stacks
+from streammerge.plan.names import embedding_of, head_of, stacks
 from streammerge.plan.plan import Plan
 from streammerge.plan.view import Model
 from streammerge.run.hub import HUB_NAME
@@ -89,6 +89,7 @@ def _config(plan: Plan, file: Path, content: bytes) -> bytes:
     """config.json true to the output: the dtype that most of it is stored in, its layers, whether it has a head."""
     config = _read_config(file, content)
     changed = _set_layers(plan, config) | _set_dtype(plan, config) | _set_tied(plan, config)
+    changed |= _set_vocabulary(plan, config)
     if not changed:
         return content
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
@@ -167,6 +168,22 @@ def _set_layers(plan: Plan, config: dict[str, Any]) -> bool:
                 own[key] = [lists[number][min(layer, len(lists[number]) - 1)] for number, layer in plan.layers]
             elif _NUMBERS_OF_LAYERS.search(key) and all(type(item) is int and 0 <= item < donor for item in value):
                 own[key] = [i for i, (number, layer) in enumerate(plan.layers) if layer in lists[number]]
+    return changed
+
+
+def _set_vocabulary(plan: Plan, config: dict[str, Any]) -> bool:
+    """Where the embedding has other rows than the donor's, as an adapter with tokens of its own makes it."""
+    tensors = plan.checkpoints[0].tensors
+    name = embedding_of(tensors)
+    rows = next((tensor.shape[:1] for tensor in plan.tensors if tensor.name == name), ())
+    if name is None or not rows or rows == tensors[name].shape[:1]:
+        return False
+    changed = False
+    for path in _maps(config):
+        own = _at(config, path)
+        if own.get("vocab_size") == tensors[name].shape[0]:
+            own["vocab_size"] = rows[0]
+            changed = True
     return changed
 
 

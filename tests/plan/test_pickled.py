@@ -126,6 +126,7 @@ def test_a_pickle_that_would_run_something_is_refused_and_runs_nothing(tmp_path:
         ({"w": torch.zeros(4, 3).t()}, "has the strides (1, 3); save a contiguous copy"),
         ({"w": torch.zeros(1).expand(5)}, "has the strides (0,)"),
         ({"w": torch.zeros(3, 3).to_sparse()}, "sparse"),
+        ({"w": torch._neg_view(torch.arange(3.0))}, "cannot be merged"),
         ({"w": torch.zeros(3, dtype=torch.complex128)}, "torch.complex128"),
     ],
 )

@@ -258,6 +258,14 @@ def test_what_lies_outside_the_layers_and_is_in_some_models_is_merged_of_those_o
     )
 
 
+@pytest.mark.parametrize("scope", ["layer", "model"])
+def test_a_survey_needs_every_tensor_in_every_model(scope: str) -> None:
+    score = {"score.weight": ("BF16", (2, 8))}
+    text = f"{TIES}parameters: {{density_scope: {scope}}}\n"
+    with pytest.raises(RecipeError, match=r"'score.weight' is not in every model, and ties compares models"):
+        make_plan(text, make_checkpoint(SPECS | score), make_checkpoint(SPECS | score), make_checkpoint())
+
+
 def test_what_the_base_lacks_has_no_delta_and_is_copied() -> None:
     score = {"score.weight": ("BF16", (2, 8))}
     made = make_plan(TIES, make_checkpoint(), make_checkpoint(SPECS | score), make_checkpoint(SPECS | score))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -143,6 +144,29 @@ def test_an_adapter_may_be_pickled(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "out")
     found = fold(tmp_path, adapted)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_directory_may_hold_a_model_and_an_adapter(tmp_path: Path) -> None:
+    adapted = CASES["plain"](tmp_path)
+    expected = fold(tmp_path, adapted)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(adapted.adapter / file, adapted.base / file)
+    shutil.rmtree(tmp_path / "out")
+    found = fold(tmp_path, Adapted(adapted.base, adapted.base, {}))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_an_adapter_that_resizes_the_vocabulary_is_true_to_config(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    rows, width = load_file(base / "model.safetensors")["lm_head.weight"].shape
+    lora = write_adapter(tmp_path / "lora", {"model.layers.0.self_attn.q_proj.weight": (32, 32)})
+    weights = load_file(lora / "adapter_model.safetensors")
+    for name in ("model.embed_tokens", "lm_head"):
+        weights[f"base_model.model.{name}.weight"] = torch.randn(rows + 2, width)
+    save_file(weights, lora / "adapter_model.safetensors")
+    fold(tmp_path, Adapted(base, lora, {}))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert torch.equal(model.lm_head.weight, weights["base_model.model.lm_head.weight"])
 
 
 # --- in merges -------------------------------------------------------------------------------------------------------
@@ -382,8 +406,10 @@ def test_a_pattern_that_could_take_for_ever_is_an_error(broken: Broken, pattern:
         ({"trainable_token_indices": [1]}, "sets trainable_token_indices"),
         ({"init_lora_weights": "pissa_niter_4"}, "was trained from a base that pissa_niter_4 had changed"),
         ({"use_dora": True}, "lacks its magnitude"),
-        ({"lora_alpha": "many"}, "lora_alpha is 'many', not a number"),
-        ({"r": None}, "r is None, not a number"),
+        ({"lora_alpha": "many"}, "lora_alpha is 'many', not a number that can be used"),
+        ({"lora_alpha": 10**400}, "lora_alpha is a very large integer"),
+        ({"lora_alpha": math.nan}, "lora_alpha is nan"),
+        ({"r": None}, "r is None, not a number that can be used"),
         ({"rank_pattern": [4]}, "rank_pattern is not a map"),
     ],
 )

@@ -93,6 +93,16 @@ def test_integers_are_compared_by_their_bytes_and_what_is_not_in_all_is_named(tm
     assert "extra" not in found.tensors
 
 
+def test_integers_of_models_that_share_their_base_are_compared(tmp_path: Path) -> None:
+    base, other = make_models(tmp_path, 1, shapes={"w.weight": (6, 4)})
+    one = changed(tmp_path / "one", base, count=torch.arange(9))
+    loras = [write_adapter(tmp_path / f"lora{i}", {"w.weight": (6, 4)}, seed=i) for i in range(2)]
+    found = diff(f"{one}+{loras[0]}", f"{one}+{loras[1]}")
+    assert (found.integers, found.alone) == ({"count": False}, ())
+    two = changed(tmp_path / "two", other, count=torch.arange(9).flip(0))
+    assert diff(one, two, f"{one}+{loras[0]}").integers == {"count": True}
+
+
 def test_equal_models_and_zeros_and_numbers_that_are_not_finite(tmp_path: Path) -> None:
     base, _ = make_models(tmp_path, 1, shapes={"w": (4, 4)})
     same = changed(tmp_path / "same", base)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import streammerge
 from streammerge.base.errors import UserError
 from tests.models import write_recipe
+from tests.run.test_adapters import write_adapter
 from tests.study.tiny import (
     make_examples,
     make_model,
@@ -109,3 +110,18 @@ def test_an_analysis_needs_every_tensor_in_every_model(tmp_path: Path, untied: P
     recipe = write_recipe(tmp_path / "r.yaml", "hi_merging", [one, two], base=untied, proxy="weights")
     with pytest.raises(UserError, match=r"tensor 'model\.norm\.weight' is not in .*/b\."):
         streammerge.analyze(recipe, tmp_path / "better.yaml", compile="off", threads=1)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_head_that_an_adapter_changes_is_not_thrown_away(tmp_path: Path, tied: Path, whole: bool) -> None:
+    weights = read_weights(tied)
+    embedding = weights["model.embed_tokens.weight"]
+    write_weights(tied, {**weights, "lm_head.weight": embedding.clone()})
+    shape = (embedding.shape[0], embedding.shape[1])
+    lora = write_adapter(tmp_path / "lora", {"lm_head.weight": shape}, saved="lm_head.weight" if whole else "")
+    recipe = write_recipe(tmp_path / "r.yaml", "passthrough", [f"{tied}+{lora}"])
+    streammerge.merge(recipe, tmp_path / "out", compile="off")
+    model = plain_model(tmp_path / "out")
+    assert not torch.equal(model.lm_head.weight, embedding)
+    assert torch.equal(model.model.embed_tokens.weight, embedding)
+    assert config_of(tmp_path / "out")["tie_word_embeddings"] is False
