@@ -31,7 +31,6 @@ from benchlib.tables import format_mib, markdown_facts, markdown_table, save_jso
 SUMMARY = "every method in a control group of its smallest budget, against the same run outside"
 # Without a cgroup, and with no other memory than --max-memory.
 NO_OTHER_MEMORY = """
-import sys
 import streammerge.run.merge as merge
 from streammerge.cli import main
 limit_of = merge.memory_limit
