@@ -142,21 +142,21 @@ def plan(
         from streammerge.run.compiling import consider
         from streammerge.run.estimate import estimate_seconds
         from streammerge.run.merge import make_plan, schedule_for
-        from streammerge.run.sidefiles import copied_files
+        from streammerge.run.sidefiles import side_files
 
         made, notes = _plan_before_analysis(recipe, options) or (make_plan(recipe, options, terminal.note), [])
         schedule = schedule_for(made, options)
         computing = consider(made.tensors, schedule, "auto", on_gpu=False).seconds
         seconds = estimate_seconds(made, made.tensors, schedule, computing)
-        side_files = [file.name for file in copied_files(made)]
+        beside = list(side_files(made))
         if as_json:
-            terminal.document(report.plan_json(made, schedule, seconds, side_files))
+            terminal.document(report.plan_json(made, schedule, seconds, beside))
         else:
             for warning in made.warnings:
                 terminal.note(f"{recipe}: {warning}")
             for text in notes:
                 terminal.note(text)
-            terminal.rows("plan", report.plan_rows(made, schedule, seconds, side_files))
+            terminal.rows("plan", report.plan_rows(made, schedule, seconds, beside))
 
 
 @app.command()
@@ -444,10 +444,10 @@ class _Watcher:
 
     def planned(self, plan: Plan, schedule: Schedule, resumed: int, seconds: float) -> None:
         from streammerge import report
-        from streammerge.run.sidefiles import copied_files
+        from streammerge.run.sidefiles import side_files
 
         self._allowed = schedule.limit_bytes
-        rows = report.plan_rows(plan, schedule, seconds, [file.name for file in copied_files(plan)])
+        rows = report.plan_rows(plan, schedule, seconds, list(side_files(plan)))
         shown = ("method", "models", "tensors", "passes", "peak memory", "time")
         self._terminal.rows("plan", [row for row in rows if row[0] in shown])
         if resumed:

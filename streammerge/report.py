@@ -79,7 +79,7 @@ def plan_json(plan: Plan, schedule: Schedule, seconds: float, side_files: list[s
                 "shard": plan.shards[tensor.shard].name,
                 "offset": tensor.offset,
                 "bytes": tensor.nbytes,
-                "inputs": [read.spec.dtype for read in tensor.reads],
+                "inputs": [read.dtype for read in tensor.reads],
                 "parameters": _parameters(plan.settings.get(tensor.name)),
             }
             for tensor in plan.tensors

@@ -11,6 +11,7 @@ from streammerge.base.dtypes import DTYPES, promote
 from streammerge.base.errors import RecipeError, ShapeMismatch
 from streammerge.kernels.contract import Method, Settings
 from streammerge.methods.passthrough import AS_IT_IS, PASSTHROUGH
+from streammerge.plan.align import align
 from streammerge.plan.names import embedding_of, head_of, in_layer, layer_of
 from streammerge.plan.parameters import resolve, unmatched_filters
 from streammerge.plan.places import Place, Places, listing, shorten
@@ -69,8 +70,10 @@ def draft_stages(
     warnings: list[str] = []
     results = []
     for number, stage in enumerate(recipe.stages):
-        drafting = _Drafting(recipe, number, views, sequential=sequential)
-        result = drafting.run()
+        aligned = align(stage, views, recipe.path)
+        drafting = _Drafting(recipe, number, aligned.views, sequential=sequential)
+        result = replace(drafting.run(), vocabulary=aligned.vocabulary)
+        warnings += aligned.warnings
         head, embedding = head_of(result.tensors), embedding_of(result.tensors)
         if tied and head is not None and embedding is not None:
             # They are one tensor, and stay one.
@@ -184,7 +187,7 @@ class _Drafting:
         more = f"\nSo do {len(names)} more: {listing(names)}" if names else ""
         rows_differ = all(len({shape[1:] for shape in found}) == 1 for _, found in wrong)
         advice = (
-            "These look like vocabularies of different size: models must share one until tokenizers can be merged."
+            "These look like vocabularies: add  tokenizer: {source: union}  to the recipe."
             if rows_differ and any(word in place.name for word in ("embed", "wte", "lm_head"))
             else "Are these models of one architecture and size?"
         )

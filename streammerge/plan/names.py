@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 # The first number between dots, or at the start, counts the layers: model.layers.3.mlp.experts.5 is layer 3.
 _LAYER = re.compile(r"(?:^|(?P<stack>.*?)\.)(?P<index>\d{1,9})\.")
@@ -78,6 +78,8 @@ _HEADS = ("lm_head.weight", "embed_out.weight")
 _EMBEDDINGS = (
     "embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight",
 )  # fmt: skip
+# What has a row for every position or layer, and not for every token, however many there are.
+_NOT_OF_TOKENS = re.compile(r"position|wpe|norm|(^|[._])ln(_|\.|\d)|token_type|type_embed|vision|visual|audio|patch")
 # What a model can work out for itself, and older programs saved nevertheless.
 _BUFFER = re.compile(
     r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias|attn\.bias|attention\.bias|position_ids)$"
@@ -92,6 +94,27 @@ def head_of(names: Iterable[str]) -> str | None:
 def embedding_of(names: Iterable[str]) -> str | None:
     """The name of a language model's token embedding, or None, also where there are several."""
     return _only(names, _EMBEDDINGS)
+
+
+def vocabulary_of(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, list[str]] | None:
+    """How many rows a model's token embedding has, and all tensors with a row for every token; None without one.
+
+    Those are the embedding and the head, and whatever else outside the layers is as long, as a head's bias.
+    """
+    outside = {name: shape for name, shape in shapes.items() if shape and layer_of(name) is None}
+    embedding = embedding_of(outside)
+    if embedding is None:
+        tables = [name for name, shape in outside.items() if len(shape) == 2 and _may_be_of_tokens(name, front=True)]
+        embedding = max(tables, key=lambda name: outside[name][0], default=None)
+    if embedding is None:
+        return None
+    rows, head = outside[embedding][0], head_of(outside)
+    found = [name for name, shape in outside.items() if name == head or (shape[0] == rows and _may_be_of_tokens(name))]
+    return rows, found
+
+
+def _may_be_of_tokens(name: str, *, front: bool = False) -> bool:
+    return _NOT_OF_TOKENS.search(name) is None and (is_front(name) or not front)
 
 
 def is_buffer(name: str) -> bool:

@@ -22,8 +22,10 @@ from streammerge.plan.group import with_one_work
 from streammerge.plan.layout import ShardLayout, lay_out
 from streammerge.plan.names import head_of
 from streammerge.plan.recipe import Recipe
+from streammerge.plan.template import AUTO, NAMES, marks_of, most_common, template_named
 from streammerge.plan.tensor import UNWRITTEN, TensorPlan, work_of
 from streammerge.plan.view import Model
+from streammerge.plan.vocab import Vocabulary, listed
 from streammerge.storage.checkpoint import Checkpoint
 
 # Raised when a change alters the bytes of an output.
@@ -38,7 +40,8 @@ class Plan:
     `models` are one per `recipe.inputs`, and the first `checkpoints` theirs, each once, that one first whose config and
     tokenizer the output takes; after them come those of adapters. `settings` are the parameters of the last stage, by
     tensor. `layers` says which checkpoint's layer, if only for config.json, is behind each layer of the output; `tied`,
-    that all models use their embedding as head, and so does the output.
+    that all models use their embedding as head, and so does the output. `vocabulary` is the output's where the recipe
+    says something of it, and `template` its chat template likewise.
     """
 
     recipe: Recipe
@@ -49,6 +52,8 @@ class Plan:
     settings: Mapping[str, Settings]
     layers: tuple[tuple[int, int], ...]
     tied: bool
+    vocabulary: Vocabulary | None
+    template: str | None
     shards: tuple[ShardLayout, ...]
     seed: int
     facts: dict[str, Any]
@@ -93,6 +98,13 @@ def build_plan(recipe: Recipe, models: Sequence[Model], checkpoints: Sequence[Ch
         raise RecipeError(str(recipe.path), [advice])
     results, tied, warnings = draft_stages(recipe, models, checkpoints, sequential=sequential)
     result = results[-1]
+    vocabulary = result.vocabulary if any(stage.tokenizer is not None for stage in recipe.stages) else None
+    template = _template(recipe, models)
+    if template is not None and result.vocabulary is not None:
+        unknown = [mark for mark in marks_of(template) if mark not in result.vocabulary.ids]
+        if unknown:
+            warnings.append(f"chat_template: {listed(unknown)} {'are' if len(unknown) > 1 else 'is'} no token of the "
+                            f"output and will be cut into pieces; add it under tokenizer.tokens")  # fmt: skip
     if strict and warnings:
         raise RecipeError(str(recipe.path), warnings)
     drafts = result.tensors
@@ -116,8 +128,25 @@ def build_plan(recipe: Recipe, models: Sequence[Model], checkpoints: Sequence[Ch
     tensors, asked = together[: len(tensors)], together[len(tensors) :]
     settings = {name: draft.settings for name, draft in drafts.items() if isinstance(draft, Draft)}
     facts = _facts(recipe, models, checkpoints, together, settings, shards, seed)
+    if vocabulary is not None:
+        facts["vocabulary"] = vocabulary.digest
+    if template is not None:
+        facts["chat_template"] = xxhash.xxh3_128_hexdigest(template.encode("utf-8", "surrogatepass"))
     return Plan(recipe, tuple(models), tuple(checkpoints), tuple(tensors), tuple(asked), settings, result.origins, tied,
-                shards, seed, facts, (*recipe.warnings, *warnings))  # fmt: skip
+                vocabulary, template, shards, seed, facts, (*recipe.warnings, *warnings))  # fmt: skip
+
+
+def _template(recipe: Recipe, models: Sequence[Model]) -> str | None:
+    """The chat template that the recipe asks for. Raises RecipeError when no model has one to choose."""
+    asked = recipe.chat_template
+    if asked is None or asked in NAMES:
+        return None if asked is None else template_named(asked)
+    if asked != AUTO:
+        return asked
+    found = most_common([model.template for model in models if model.template is not None])
+    if found is None:
+        raise RecipeError(str(recipe.path), ["chat_template: auto, and no model has one; name one, or take it out"])
+    return found
 
 
 def _facts(recipe: Recipe, models: Sequence[Model], checkpoints: Sequence[Checkpoint],
@@ -152,7 +181,7 @@ def _work_facts(tensors: Sequence[TensorPlan]) -> str:
     texts = {id(step.settings): step.settings for tensor in tensors for step in tensor.steps}
     named = {key: _settings_text(settings) for key, settings in texts.items()}
     for tensor in tensors:
-        reads = [[read.checkpoint, read.spec.name] for read in tensor.reads]
+        reads = [read.facts for read in tensor.reads]
         steps = [
             [step.method.name, named[id(step.settings)], step.operands, step.has_base, step.dtype, step.work,
              step.stream, *([] if step.change is None else [step.change.facts])]

@@ -1,7 +1,7 @@
 """The recipe: mergekit's YAML, read strictly, with every mistake in one error and its line.
 
 What mergekit ignores silently (a misspelt key, a parameter no method has) is a warning here, and an error under
-`--strict`. Parts of the language that are still to come are refused by name.
+`--strict`.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from streammerge.base.errors import InputError, RecipeError
 from streammerge.kernels.contract import Method
 from streammerge.methods import METHODS
 from streammerge.plan.analysis import AnalysisOptions, Decisions
-from streammerge.plan.reference import parse_reference
+from streammerge.plan.reference import parse_reference, reference_text
 from streammerge.plan.setting import Setting, parse_setting
+from streammerge.plan.template import check_template
+from streammerge.plan.tokenizer import Tokenizer, TokenizerForm
 
 _MAX_BYTES = 4_000_000
 _MAX_NODES = 200_000
 # A chain of 400 works; one of 1,200 is deeper than Python's stack.
 _MAX_DOCUMENTS = 300
 _SHOWN = 100
-_LATER = ("tokenizer", "chat_template")
 
 
 class _Document(BaseModel):
@@ -56,32 +57,13 @@ def _settings(content: Any) -> Any:
     return parsed
 
 
-def _reference(content: Any) -> Any:
-    """mergekit's map {model: {path, revision}, lora: {path, revision}} as text: `path@revision+path@revision`."""
-    if not isinstance(content, dict):
-        return content
-    inner = content.get("model", content)
-    text = _named(inner)
-    if content.get("lora") is not None:
-        text += f"+{_named(content['lora'])}"
-    return text
-
-
-def _named(content: Any) -> str:
-    """A path, or a map of a path and a revision, as text."""
-    path, revision = (content.get("path"), content.get("revision")) if isinstance(content, dict) else (content, None)
-    if not isinstance(path, str) or not isinstance(revision, str | None):
-        raise ValueError("expected a path, or a map {model: {path: …, revision: …}, lora: {path: …}}")
-    return path if revision is None else f"{path}@{revision}"
-
-
 class _Source(_Document):
     model: str
     layer_range: tuple[int, int] | None = None
     parameters: dict[str, Any] = Field(default_factory=dict)
 
     _parse = field_validator("parameters", mode="before")(_settings)
-    _path = field_validator("model", mode="before")(_reference)
+    _path = field_validator("model", mode="before")(reference_text)
 
     @field_validator("layer_range")
     @classmethod
@@ -98,7 +80,7 @@ class _Slice(_Document):
     parameters: dict[str, Any] = Field(default_factory=dict)
 
     _parse = field_validator("parameters", mode="before")(_settings)
-    _path = field_validator("base_model", mode="before")(_reference)
+    _path = field_validator("base_model", mode="before")(reference_text)
 
 
 class _Module(_Document):
@@ -119,6 +101,8 @@ class _Recipe(_Document):
     dtype: str | None = None
     out_dtype: str | None = None
     tokenizer_source: str | None = None
+    tokenizer: TokenizerForm | None = None
+    chat_template: str | None = None
     parameters: dict[str, Any] = Field(default_factory=dict)
     tasks: list[Any] | None = None
     proxy: Literal["weights"] | None = None
@@ -126,7 +110,14 @@ class _Recipe(_Document):
     analysis: AnalysisOptions = Field(default_factory=AnalysisOptions)
 
     _parse = field_validator("parameters", mode="before")(_settings)
-    _path = field_validator("base_model", mode="before")(_reference)
+    _path = field_validator("base_model", "tokenizer_source", mode="before")(reference_text)
+
+    @field_validator("chat_template")
+    @classmethod
+    def _can_be_read(cls, text: str | None) -> str | None:
+        if text is not None:
+            check_template(text)
+        return text
 
     @field_validator("dtype", "out_dtype")
     @classmethod
@@ -182,7 +173,8 @@ class Module:
 class Stage:
     """One document of a recipe: a merge, whose result others may use by its name.
 
-    `dtype` and `out_dtype` are names of base/dtypes.py. `donor` is the model whose config and tokenizer it takes.
+    `dtype` and `out_dtype` are names of base/dtypes.py. `donor` is the model whose config it takes, and whose tokenizer
+    if there is none of its own.
     """
 
     name: str | None
@@ -192,6 +184,7 @@ class Stage:
     dtype: str | None
     out_dtype: str | None
     parameters: Parameters
+    tokenizer: Tokenizer | None = None
 
     @property
     def inputs(self) -> list[str]:
@@ -204,14 +197,15 @@ class Stage:
 class Recipe:
     """What the user asked for: `stages` in the order in which they need each other; the last one is what is written.
 
-    `text` is the file as given. `tasks` is the list under that key as it stands (study/tasks.py reads it); `proxy`,
-    `decisions` and `analysis` say how to analyse.
+    `text` is the file as given. `chat_template` is the name of one, "auto", or one itself. `tasks` is the list under
+    that key as it stands (study/tasks.py reads it); `proxy`, `decisions` and `analysis` say how to analyse.
     """
 
     path: Path
     text: str
     stages: tuple[Stage, ...]
     warnings: tuple[str, ...]
+    chat_template: str | None = None
     tasks: tuple[Any, ...] | None = None
     proxy: Literal["weights"] | None = None
     decisions: Decisions = "guarded"
@@ -244,6 +238,11 @@ class Recipe:
             advice = "this works for one document with `models:`, not for slices, modules or several documents"
             raise RecipeError(str(self.path), [advice])
         return self.last.modules[0].slices[0]
+
+    @property
+    def needs_tokenizers(self) -> bool:
+        """Whether the tokenizers of its models must be read."""
+        return self.chat_template is not None or any(stage.tokenizer is not None for stage in self.stages)
 
     @property
     def bases(self) -> set[str]:
@@ -305,6 +304,7 @@ def parse_recipe(text: str, path: Path, *, strict: bool = False) -> Recipe:
         text=text,
         stages=tuple(_stage(document) for document in ordered),
         warnings=tuple(warnings),
+        chat_template=last.chat_template,
         tasks=None if last.tasks is None else tuple(last.tasks),
         proxy=last.proxy,
         decisions=last.decisions,
@@ -457,8 +457,7 @@ class _Checks:
                 self._reference(base, (*place, "base_model"))
         if document.base_model is not None:
             self._reference(document.base_model, ("base_model",))
-        if document.tokenizer_source not in (None, "base"):
-            self._problem(("tokenizer_source",), "only `base` works yet; other tokenizers are still to come")
+        self._tokenizer()
         stored = document.out_dtype or document.dtype
         if stored is not None and DTYPES[stored].bits == 8:
             place = ("out_dtype" if document.out_dtype else "dtype",)
@@ -480,19 +479,35 @@ class _Checks:
     def _warn(self, place: Place, message: str) -> None:
         self._warnings.append(_where(place, self._lines) + message)
 
-    def _unknown_keys(self, document: _Document, place: Place) -> None:
+    def _unknown_keys(self, document: BaseModel, place: Place) -> None:
         known = list(type(document).model_fields)
         for key in document.model_extra or {}:
-            if not place and key in _LATER:
-                self._problem((key,), "this part of mergekit's language is still to come; it cannot be merged yet")
-            else:
-                self._warn((*place, key), f"unknown key, ignored.{nearest(key, known)}")
+            self._warn((*place, key), f"unknown key, ignored.{nearest(key, known)}")
 
     def _reference(self, model: str, place: Place) -> None:
         try:
             parse_reference(model, self._path)
         except ValueError as error:
             self._problem(place, str(error))
+
+    def _tokenizer(self) -> None:
+        """The tokenizer's keys, and the models that it names: of others there are no rows."""
+        document, chosen = self._document, _tokenizer(self._document)
+        if chosen is None:
+            return
+        key = "tokenizer_source" if document.tokenizer_source is not None else "tokenizer"
+        if document.tokenizer is not None:
+            if document.tokenizer_source is not None:
+                self._problem(("tokenizer_source",), "says the same as tokenizer.source; keep one of the two")
+                return
+            self._unknown_keys(document.tokenizer, ("tokenizer",))
+            for token, form in document.tokenizer.tokens.items():
+                self._unknown_keys(form, ("tokenizer", "tokens", token))
+        named = [source.model for sources, _, _ in _groups(document) for source in sources]
+        bases = [base for _, base, _ in _groups(document) if base is not None]
+        known = list(dict.fromkeys([*bases, *named]))
+        for model in sorted(chosen.models - set(known)):
+            self._problem((key,), f"{model} is no model of this recipe.{nearest(model, [*known, 'union', 'base'])}")
 
     def _nearest_method(self) -> str:
         return nearest(self._document.merge_method, list(METHODS)) or f" There are {', '.join(METHODS)}."
@@ -608,6 +623,13 @@ def _groups(document: _Recipe) -> list[tuple[list[_Source], str | None, Place]]:
     return groups
 
 
+def _tokenizer(document: _Recipe) -> Tokenizer | None:
+    """What a document says of its tokenizer, in either way of writing it."""
+    if document.tokenizer is not None:
+        return document.tokenizer.read()
+    return None if document.tokenizer_source is None else Tokenizer(document.tokenizer_source)
+
+
 def nearest(name: str, known: list[str]) -> str:
     """A question after the most similar of the `known` names, or nothing."""
     near = difflib.get_close_matches(name, known, n=1)
@@ -630,7 +652,8 @@ def _stage(document: _Recipe) -> Stage:
     modules = modules or [Module(None, slices(document))]
     donor = document.base_model or modules[0].slices[0].inputs[0].model
     return Stage(
-        document.name, method, donor, tuple(modules), document.dtype, document.out_dtype, document.parameters
+        document.name, method, donor, tuple(modules), document.dtype, document.out_dtype, document.parameters,
+        _tokenizer(document),
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from streammerge.base.errors import InputError
 
@@ -80,3 +81,25 @@ def _exists(path: Path) -> bool:
     except (OSError, ValueError):
         # A name that no file can have, or a directory nobody may look into.
         return False
+
+
+def reference_text(content: Any) -> Any:
+    """mergekit's map {model: {path, revision}, lora: {path, revision}} as text: `path@revision+path@revision`.
+
+    What is no map is given back as it is. Raises ValueError with a sentence.
+    """
+    if not isinstance(content, dict):
+        return content
+    inner = content.get("model", content)
+    text = _named(inner)
+    if content.get("lora") is not None:
+        text += f"+{_named(content['lora'])}"
+    return text
+
+
+def _named(content: Any) -> str:
+    """A path, or a map of a path and a revision, as text."""
+    path, revision = (content.get("path"), content.get("revision")) if isinstance(content, dict) else (content, None)
+    if not isinstance(path, str) or not isinstance(revision, str | None):
+        raise ValueError("expected a path, or a map {model: {path: …, revision: …}, lora: {path: …}}")
+    return path if revision is None else f"{path}@{revision}"

@@ -14,7 +14,8 @@ from streammerge.kernels.fold import FOLD, fold_settings
 from streammerge.methods.passthrough import AS_IT_IS, PASSTHROUGH
 from streammerge.plan.adapter import Change
 from streammerge.plan.draft import Draft
-from streammerge.plan.view import Folded, Operand, Read
+from streammerge.plan.gather import Gathered, Read
+from streammerge.plan.view import Folded, Operand
 
 # The shard of a tensor that is only looked at.
 UNWRITTEN = -1
@@ -57,7 +58,7 @@ class TensorPlan:
     dtype: str
     shape: tuple[int, ...]
     elements: int
-    reads: tuple[Read, ...]
+    reads: tuple[Read | Gathered, ...]
     steps: tuple[Step, ...]
     shard: int
     offset: int
@@ -75,7 +76,7 @@ class TensorPlan:
     @property
     def read_bytes(self) -> int:
         """The bytes of all that is read, once."""
-        return sum(read.spec.nbytes for read in self.reads)
+        return sum(read.nbytes for read in self.reads)
 
     @property
     def action(self) -> Literal["merge", "copy", "equal"]:
@@ -84,7 +85,7 @@ class TensorPlan:
     @property
     def dtypes(self) -> tuple[str, ...]:
         """The dtype of every operand: of the reads, then of the steps."""
-        return (*(read.spec.dtype for read in self.reads), *(step.dtype for step in self.steps))
+        return (*(read.dtype for read in self.reads), *(step.dtype for step in self.steps))
 
     @property
     def passes(self) -> int:
@@ -107,9 +108,9 @@ class TensorPlan:
         return all(DTYPES[self.dtypes[i]].bits == 16 for i in step.operands)
 
 
-def work_of(draft: Operand) -> tuple[tuple[Read, ...], tuple[Step, ...]]:
+def work_of(draft: Operand) -> tuple[tuple[Read | Gathered, ...], tuple[Step, ...]]:
     """What is read for an output tensor, and the steps that are done with it; none if it comes to a copy."""
-    reads: list[Read] = []
+    reads: list[Read | Gathered] = []
     # A step is an operand by its number, counted from −1 downwards until the number of reads is known.
     steps: list[Step] = []
     known: dict[int | tuple[Folded, str], int] = {}
@@ -133,7 +134,7 @@ def work_of(draft: Operand) -> tuple[tuple[Read, ...], tuple[Step, ...]]:
         return known[of, dtype]
 
     def operand(of: Operand) -> int:
-        if isinstance(of, Read):
+        if isinstance(of, Read | Gathered):
             if of not in reads:
                 reads.append(of)
             return reads.index(of)
@@ -159,9 +160,9 @@ def work_of(draft: Operand) -> tuple[tuple[Read, ...], tuple[Step, ...]]:
     return tuple(reads), tuple(numbered)
 
 
-def _leaves(draft: Operand) -> Iterator[Read]:
+def _leaves(draft: Operand) -> Iterator[Read | Gathered]:
     """Everything that a tensor is made of. Of integers all of it must agree."""
-    if isinstance(draft, Read | Folded):
+    if isinstance(draft, Read | Gathered | Folded):
         # Integers are in no adapter's change.
         yield draft.read if isinstance(draft, Folded) else draft
         return

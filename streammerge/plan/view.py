@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from streammerge.plan.adapter import Adapter, Change, changes_of
+from streammerge.plan.gather import Gathered, Read
 from streammerge.plan.names import embedding_of, head_of, stacks
-from streammerge.storage.checkpoint import Checkpoint, TensorSpec
+from streammerge.plan.vocab import Vocabulary
+from streammerge.storage.checkpoint import Checkpoint
 
 MOST_LAYERS = 100_000
 
@@ -24,29 +26,13 @@ class Operand(Protocol):
 
 
 @dataclass(frozen=True)
-class Read:
-    """One tensor of one of the plan's checkpoints."""
-
-    checkpoint: int
-    spec: TensorSpec
-
-    @property
-    def dtype(self) -> str:
-        return self.spec.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.spec.shape
-
-
-@dataclass(frozen=True)
 class Folded:
-    """A tensor as an adapter makes it: of the base with a change in it, or one that the adapter brings whole.
+    """A tensor as an adapter makes it, of the base with a change in it or whole; or one that is gathered.
 
-    It counts as of the base's `dtype`, but is rounded to that only when it is the result as it stands.
+    It counts as of the model's own `dtype`, but is rounded to that only when it is the result as it stands.
     """
 
-    read: Read
+    read: Read | Gathered
     change: Change | None
     dtype: str
 
@@ -60,7 +46,8 @@ class Model:
     """A model of the recipe, by the numbers of its checkpoint and its adapter's in the plan.
 
     `tied` is what its config.json says of its head: that it is the embedding, that it is not, or nothing. `commits` are
-    those of the Hub that its files, and its adapter's, are of.
+    those of the Hub that its files, and its adapter's, are of. `vocabulary` and `template` are those of its tokenizer
+    and None where it has none, or nobody needs to know.
     """
 
     reference: str
@@ -68,6 +55,8 @@ class Model:
     adapter: tuple[int, Adapter] | None = None
     tied: bool | None = None
     commits: tuple[str, ...] = ()
+    vocabulary: Vocabulary | None = None
+    template: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +66,7 @@ class View:
     model: str
     tensors: Mapping[str, Operand]
     origins: tuple[tuple[int, int], ...]
+    vocabulary: Vocabulary | None = None
 
     @property
     def layers(self) -> int:
@@ -99,7 +89,7 @@ def view_of(model: Model, checkpoints: Sequence[Checkpoint]) -> View:
         for name in {**saved, **changes}:
             read = Read(second, saved[name]) if name in saved else Read(number, own[name])
             tensors[name] = Folded(read, changes.get(name), own[name].dtype)
-    return View(model.reference, tensors, tuple((number, layer) for layer in range(depth)))
+    return View(model.reference, tensors, tuple((number, layer) for layer in range(depth)), model.vocabulary)
 
 
 def with_heads(views: Sequence[View], models: Sequence[Model]) -> tuple[list[View], bool]:

@@ -14,12 +14,13 @@ from streammerge.base.dtypes import DTYPES
 from streammerge.kernels.blocksum import total
 from streammerge.kernels.contract import Look, Problem, Surveying
 from streammerge.kernels.difference import MOMENTS, Moments
+from streammerge.plan.gather import Read
 from streammerge.plan.group import Group
 from streammerge.plan.names import is_front, layer_of
 from streammerge.plan.plan import Plan
 from streammerge.plan.recipe import parse_recipe
 from streammerge.plan.tensor import TensorPlan
-from streammerge.plan.view import Folded, Operand, Read, view_of, with_heads
+from streammerge.plan.view import Folded, Operand, view_of, with_heads
 from streammerge.run.memory import refusals
 from streammerge.run.merge import Options, plan_recipe, schedule_for, stop_signals
 from streammerge.run.survey import ask_together

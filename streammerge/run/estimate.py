@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 
 from streammerge.plan.budget import Schedule, bytes_to_read
+from streammerge.plan.gather import Read
 from streammerge.plan.plan import Plan
 from streammerge.plan.tensor import TensorPlan
 from streammerge.storage.source import Source
@@ -19,6 +20,8 @@ _PROBE_SECONDS = 0.25
 _START_SECONDS = 1.5
 # Nobody probes the output's disk by writing to it before anything is decided.
 _WRITE_BYTES_PER_SECOND = 1.2e9
+# Where there is nothing that could be tried.
+_UNKNOWN_BYTES_PER_SECOND = 1e9
 
 
 def estimate_seconds(plan: Plan, tensors: Sequence[TensorPlan], schedule: Schedule, computing: float) -> float:
@@ -30,10 +33,13 @@ def estimate_seconds(plan: Plan, tensors: Sequence[TensorPlan], schedule: Schedu
 
 def _read_rate(plan: Plan) -> float:
     """Bytes per second that the largest input tensor is read with, for a quarter of a second at most."""
-    read = max((read for tensor in plan.tensors for read in tensor.reads), key=lambda read: read.spec.nbytes)
+    reads = (read for tensor in plan.tensors for read in tensor.reads if isinstance(read, Read))
+    read = max(reads, key=lambda read: read.nbytes, default=None)
+    if read is None:
+        return _UNKNOWN_BYTES_PER_SECOND
     spec = read.spec
     if spec.nbytes == 0:
-        return 1e9
+        return _UNKNOWN_BYTES_PER_SECOND
     source = Source(plan.checkpoints[read.checkpoint])
     try:
         buffer = memoryview(bytearray(min(spec.nbytes, 4 << 20)))

@@ -8,7 +8,7 @@ from pathlib import Path
 from streammerge.base.errors import InputError
 from streammerge.plan.names import embedding_of, layer_of
 from streammerge.plan.pickled import open_model
-from streammerge.run.sidefiles import quantisation_of
+from streammerge.run.configuration import quantisation_of
 from streammerge.storage.checkpoint import Checkpoint, TensorSpec
 
 

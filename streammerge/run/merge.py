@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from streammerge.plan.tensor import TensorPlan
 from streammerge.run.arena import Arena
 from streammerge.run.check import verify, verify_inputs
 from streammerge.run.compiling import Compile, consider
+from streammerge.run.configuration import architecture
 from streammerge.run.engine import Engine
 from streammerge.run.estimate import estimate_seconds
 from streammerge.run.gpu import CudaLane, choose_device
@@ -40,14 +41,7 @@ from streammerge.run.memory import Meter, memory_limit, processors, refusals, us
 from streammerge.run.models import open_models
 from streammerge.run.output import MANIFEST_NAME, check_apart, claim, finish, finished_digest, is_complete, trust
 from streammerge.run.pipeline import READ_THREADS, ReadAhead, WriteBehind
-from streammerge.run.sidefiles import (
-    CARD_NAME,
-    RECIPE_NAME,
-    architecture,
-    copied_files,
-    left_files,
-    side_files,
-)
+from streammerge.run.sidefiles import left_files, side_files
 from streammerge.run.survey import SurveyBook, survey
 from streammerge.storage.sink import Shard, free_bytes, partial_path, write_file
 from streammerge.storage.source import Source
@@ -177,10 +171,9 @@ def merge(recipe_path: Path, out: Path, options: Options, observer: Observer) ->
     schedule = schedule_for(plan, options)
     check_disk(plan, out)
     # Written last, read now too: what is wrong with them is said before the work.
-    side_files(plan)
+    files = _file_names(plan, side_files(plan))
     if options.verify_inputs:
         verify_inputs(plan.checkpoints, observer.note)
-    files = _file_names(plan)
     with ExitStack() as stack:
         stopping = stack.enter_context(stop_signals())
         work = stack.enter_context(claim(out, plan, files, restart=options.restart))
@@ -307,11 +300,10 @@ def _verify_output(out: Path) -> None:
         raise VerificationFailed("\n".join((*problems, advice)))
 
 
-def _file_names(plan: Plan) -> list[str]:
-    """Every file that OUT will hold."""
+def _file_names(plan: Plan, beside: Iterable[str]) -> list[str]:
+    """Every file that OUT will hold, with those beside the weights."""
     index = index_file(plan.shards)
-    names = [shard.name for shard in plan.shards] + [file.name for file in copied_files(plan)]
-    return [*names, RECIPE_NAME, CARD_NAME, MANIFEST_NAME, *([index[0]] if index else [])]
+    return [*(shard.name for shard in plan.shards), *beside, MANIFEST_NAME, *([index[0]] if index else [])]
 
 
 def check_disk(plan: Plan, out: Path) -> None:

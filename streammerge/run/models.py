@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from streammerge.base.errors import InputError, RecipeError
@@ -12,8 +12,10 @@ from streammerge.plan.pickled import open_model
 from streammerge.plan.recipe import Recipe
 from streammerge.plan.reference import Reference, find_local, parse_reference, resolve_local
 from streammerge.plan.view import Model
+from streammerge.plan.vocab import load_vocabulary, template_of
+from streammerge.run.configuration import says_tied
 from streammerge.run.hub import HUB_NAME, commit_of, fetch_model
-from streammerge.run.sidefiles import says_tied
+from streammerge.run.sidefiles import tokenizer_directory
 from streammerge.storage.checkpoint import Checkpoint
 
 
@@ -78,7 +80,14 @@ def open_models(recipe: Recipe, note: Callable[[str], None]) -> tuple[list[Model
         )
         for each in found
     ]
-    return models, [*checkpoints.values(), *(adapter.checkpoint for adapter in adapters.values())]
+    opened = [*checkpoints.values(), *(adapter.checkpoint for adapter in adapters.values())]
+    if recipe.needs_tokenizers:
+        models = [_with_tokenizer(model, tokenizer_directory(model, opened)) for model in models]
+    return models, opened
+
+
+def _with_tokenizer(model: Model, directory: Path) -> Model:
+    return replace(model, vocabulary=load_vocabulary(directory), template=template_of(directory))
 
 
 def _check_local(references: dict[str, Reference], recipe_path: Path) -> None:

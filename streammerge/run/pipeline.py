@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 import xxhash
 
 from streammerge.kernels.contract import BLOCK
+from streammerge.plan.gather import Gathered
 from streammerge.plan.tensor import TensorPlan
 from streammerge.run.arena import Area, Arena
 from streammerge.run.journal import Done, Journal
+from streammerge.run.rows import read_rows
 from streammerge.storage.sink import Shard
 from streammerge.storage.source import Source
 
@@ -68,6 +70,9 @@ def read_elements(sources: Sequence[Source], tensor: TensorPlan, into: Sequence[
     """
     count = 0
     for area, read in zip(into, tensor.reads, strict=False):
+        if isinstance(read, Gathered):
+            count += read_rows(sources, read, area, start, elements, at, keep_cached=keep_cached)
+            continue
         spec = read.spec
         view = area.bytes[at * area.itemsize : (at + elements) * area.itemsize]
         offset = spec.offset + start * area.itemsize

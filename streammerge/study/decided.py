@@ -45,9 +45,17 @@ def decided_recipe(recipe: Recipe, parameters: Sequence[Mapping[str, Any]], comm
     }
     if shared:
         lines.append(_field("parameters", shared))
-    for key in ("dtype", "out_dtype", "tokenizer_source"):
+    for key in ("dtype", "out_dtype", "chat_template"):
         if key in content:
             lines.append(_field(key, content[key]))
+    if (tokenizer := recipe.last.tokenizer) is not None:
+        # It changes no ids, or there would have been no analysis: so its source is all that counts.
+        named = (
+            tokenizer.source
+            if tokenizer.source in ("union", "base")
+            else _reference(tokenizer.source, recipe.path, out)
+        )
+        lines.append(_field("tokenizer_source", named))
     return "\n".join(lines) + "\n"
 
 

@@ -29,7 +29,7 @@ from streammerge.plan.plan import Plan
 from streammerge.plan.tensor import TensorPlan, work_of
 from streammerge.plan.view import Folded, Operand, view_of, with_heads
 from streammerge.study.network import Network
-from streammerge.study.variants import Shelf, Variant, Version, check_head, make_version
+from streammerge.study.variants import Shelf, Variant, Version, check_network, make_version
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Family:
         `ask` looks at many tensors together; it is needed when densities are shares of a layer or a whole model.
         """
         self._plan, self._shelf = plan, shelf
-        check_head(plan)
+        check_network(plan)
         network.check_shapes({tensor.name: tensor.shape for tensor in plan.tensors})
         units = network.units_of(tensor.name for tensor in plan.tensors)
         # A tensor that the network does not know has no score; it is merged like what lies outside.

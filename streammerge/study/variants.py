@@ -23,6 +23,7 @@ from streammerge.kernels.dtypes import torch_dtype
 from streammerge.kernels.fold import Factors, factors
 from streammerge.kernels.whole import Finder, merge_whole, pad, padded
 from streammerge.plan.adapter import Change
+from streammerge.plan.gather import Read
 from streammerge.plan.names import head_of
 from streammerge.plan.plan import Plan
 from streammerge.plan.tensor import TensorPlan
@@ -42,7 +43,7 @@ class Version:
     def reads(self) -> Iterable[tuple[int, TensorSpec]]:
         """Every tensor that is needed, and the number of its checkpoint on the shelf."""
         for tensor in self.tensors:
-            for read in tensor.reads:
+            for read in _reads(tensor):
                 yield self.checkpoints[read.checkpoint], read.spec
             for step in tensor.steps:
                 if step.change is not None:
@@ -129,7 +130,7 @@ class Shelf:
             return self._make_here(version, tensor)
 
     def _make_here(self, version: Version, tensor: TensorPlan) -> Tensor:
-        operands = [self._loaded[version.checkpoints[read.checkpoint], read.spec.name] for read in tensor.reads]
+        operands = [self._loaded[version.checkpoints[read.checkpoint], read.spec.name] for read in _reads(tensor)]
         flat = operands[0].view(-1)[: tensor.elements]
         for step in tensor.steps:
             found = step.found
@@ -154,7 +155,7 @@ class Shelf:
 
 def variant_of(plan: Plan, shelf: Shelf, units: Mapping[str, tuple[int, ...]], num_units: int) -> Variant:
     """The model that a plan would write. `units` says which units need a tensor. Raises UserError."""
-    check_head(plan)
+    check_network(plan)
     checkpoints = [shelf.add(checkpoint) for checkpoint in plan.checkpoints]
     groups: list[list[TensorPlan]] = [[] for _ in range(num_units)]
     for tensor in plan.tensors:
@@ -163,13 +164,27 @@ def variant_of(plan: Plan, shelf: Shelf, units: Mapping[str, tuple[int, ...]], n
     return Variant(tuple(make_version(plan.seed, group, checkpoints, shelf) for group in groups))
 
 
-def check_head(plan: Plan) -> None:
-    """Raise UserError when the output has a head of its own and the network, built by the donor's config, has none."""
+def check_network(plan: Plan) -> None:
+    """Raise UserError when the network, which is built by the donor's config, cannot take the output's weights.
+
+    That is when the output has a head of its own and the donor has none, and when its tokens have other ids.
+    """
     if not plan.tied and plan.donor_is_tied and head_of(tensor.name for tensor in plan.tensors) is not None:
         raise UserError(
             f"{plan.recipe.path}: the first model's head is its embedding and another's is not. Such a merge can be "
             f"written, but not scored yet: the network that is run is built by the first one's config."
         )
+    gathered = any(not isinstance(read, Read) for tensor in plan.tensors for read in tensor.reads)
+    if gathered or (plan.vocabulary is not None and plan.vocabulary.changed):
+        raise UserError(
+            f"{plan.recipe.path}: its tokenizer gives tokens other ids than the first model has. Such a merge can be "
+            f"written, but not scored yet: leave `tokenizer` out of what is analysed."
+        )
+
+
+def _reads(tensor: TensorPlan) -> tuple[Read, ...]:
+    """What a tensor is made of: of checkpoints as they stand."""
+    return tuple(read for read in tensor.reads if isinstance(read, Read))
 
 
 def make_version(seed: int, tensors: Sequence[TensorPlan], checkpoints: Sequence[int], shelf: Shelf) -> Version:
@@ -178,7 +193,7 @@ def make_version(seed: int, tensors: Sequence[TensorPlan], checkpoints: Sequence
     texts: dict[int, str] = {}
     for tensor in tensors:
         parts = [f"{tensor.name} {tensor.dtype} {tensor.shape}"]
-        parts += [f"{shelf.identity(checkpoints[read.checkpoint])} {read.spec.name}" for read in tensor.reads]
+        parts += [f"{shelf.identity(checkpoints[read.checkpoint])} {read.spec.name}" for read in _reads(tensor)]
         for step in tensor.steps:
             if id(step.settings) not in texts:
                 texts[id(step.settings)] = _settings_text(step.settings)

@@ -365,8 +365,7 @@ def test_a_shape_mismatch_reads_like_the_example_of_the_style_page() -> None:
         "  base   meta/base-8b  [128256, 4096]\n"
         "  model  acme/math-8b  [128264, 4096]\n"
         "  model  acme/code     [128256, 4096]\n"
-        "ties needs equal shapes. These look like vocabularies of different size: "
-        "models must share one until tokenizers can be merged."
+        "ties needs equal shapes. These look like vocabularies: add  tokenizer: {source: union}  to the recipe."
     )
 
 

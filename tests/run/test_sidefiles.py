@@ -15,7 +15,7 @@ import yaml
 import streammerge
 from streammerge.api import make_plan as plan
 from streammerge.base.errors import InputError, StreamMergeError
-from streammerge.run.sidefiles import copied_files, model_card, side_file
+from streammerge.run.sidefiles import model_card, side_files
 from tests.models import make_models, make_tensors, save_model, write_recipe
 
 SHAPES = {"embed": (70, 8), "layers.0.w": (16, 8), "norm": (8,)}
@@ -96,9 +96,9 @@ def test_without_a_base_the_first_model_is_the_donor(models: list[Path], tmp_pat
 def test_a_file_as_donor_brings_what_lies_beside_it_when_there_is_a_config(models: list[Path], tmp_path: Path) -> None:
     file = models[0] / "model.safetensors"
     recipe = write_recipe(tmp_path / "l.yaml", "linear", [file], per_model={"weight": 1})
-    assert [path.name for path in copied_files(plan(recipe))] == ["config.json"]
+    assert list(side_files(plan(recipe))) == ["config.json", "mergekit_config.yml", "README.md"]
     (models[0] / "config.json").unlink()
-    assert copied_files(plan(recipe)) == []
+    assert list(side_files(plan(recipe))) == ["mergekit_config.yml", "README.md"]
 
 
 def test_the_recipe_is_kept_as_given(recipe: Path, tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def config(plan_recipe: Path, content: Any) -> Any:
     made = plan(plan_recipe)
     path = made.checkpoints[0].directory / "config.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return json.loads(side_file(made, path))
+    return json.loads(side_files(made)[path.name])
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_config_without_a_dtype_gets_one(recipe: Path) -> None:
 def test_a_config_that_is_right_is_copied_byte_for_byte(recipe: Path, models: list[Path]) -> None:
     content = b'{ "torch_dtype" :"bfloat16",\n\n"x": 1.0e5 }'
     (models[0] / "config.json").write_bytes(content)
-    assert side_file(plan(recipe), models[0] / "config.json") == content
+    assert side_files(plan(recipe))["config.json"] == content
 
 
 def test_mixed_inputs_give_the_dtype_that_most_bytes_have(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_a_config_of_hostile_text_is_no_crash(recipe: Path, models: list[Path]) 
     for content in ('{"a": "\\ud800", "dtype": "x"}', '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"):
         (models[0] / "config.json").write_text(content)
         with suppress(StreamMergeError):
-            side_file(plan(recipe), models[0] / "config.json")
+            side_files(plan(recipe))
 
 
 # The model card.

@@ -1,0 +1,212 @@
+"""config.json and generation_config.json: what they say, and how they are made true to the output.
+
+The dtype that most of the output is stored in, its layers and every list that has an entry for each of them, whether it
+has a head of its own, how many tokens it knows, and the ids of the special ones.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from streammerge.base.dtypes import RECIPE_DTYPES
+from streammerge.plan.names import head_of, stacks, vocabulary_of
+from streammerge.plan.plan import Plan
+from streammerge.plan.view import Model
+from streammerge.storage.checkpoint import Checkpoint
+from streammerge.storage.jsonfile import dump_map, parse_map, read_map, read_text
+
+CONFIG_NAME, GENERATION_NAME = "config.json", "generation_config.json"
+# Lists of the numbers of some layers: mlp_only_layers, attn_layer_indices, full_attn_idxs.
+_NUMBERS_OF_LAYERS = re.compile(r"layers|layer_ind|idxs|layer_ids")
+# The flag by which a config says that the head is the embedding.
+_TIED = "tie_word_embeddings"
+# How configs call the number of layers.
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
+
+
+# Keys whose values are ids of tokens.
+_TOKEN_IDS = re.compile(r"(^|_)token_(ids?|index)$")
+
+
+def output_config(plan: Plan, file: Path) -> bytes:
+    """The donor's config.json, in `file`, for the output. Raises InputError."""
+    text = read_text(file)
+    config = parse_map(text, file)
+    changed = _set_layers(plan, config) | _set_dtype(plan, config) | _set_tied(plan, config)
+    changed |= _set_vocabulary(plan, config) | _set_token_ids(plan, config, CONFIG_NAME)
+    return dump_map(config) if changed else text.encode()
+
+
+def output_generation_config(plan: Plan, file: Path) -> bytes:
+    """The donor's generation_config.json, in `file`, for the output. Raises InputError."""
+    text = read_text(file)
+    config = parse_map(text, file)
+    return dump_map(config) if _set_token_ids(plan, config, GENERATION_NAME) else text.encode()
+
+
+def architecture(checkpoint: Checkpoint) -> str | None:
+    """What the config.json beside a checkpoint says it is, if there is one that says so."""
+    found = _config_of(checkpoint).get("architectures")
+    return str(found[0]) if isinstance(found, list) and found else None
+
+
+def says_tied(checkpoint: Checkpoint) -> bool | None:
+    """Whether the config.json beside a checkpoint says that its head is its embedding; None when it says nothing."""
+    config = _config_of(checkpoint)
+    flags = [own[_TIED] for path in _maps(config) if isinstance((own := _at(config, path)).get(_TIED), bool)]
+    return flags[0] if flags else None
+
+
+def quantisation_of(checkpoint: Checkpoint) -> str | None:
+    """How the config.json beside a checkpoint says that its weights are quantised, or None."""
+    found = _config_of(checkpoint).get("quantization_config")
+    return str(found.get("quant_method", "quantised")) if isinstance(found, dict) else None
+
+
+def _config_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The config.json beside a checkpoint; empty when there is none that can be read."""
+    try:
+        config = json.loads((checkpoint.directory / CONFIG_NAME).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _set_layers(plan: Plan, config: dict[str, Any]) -> bool:
+    """Where layers were put together anew: their number, and every list that has an entry for each layer."""
+    donor = max(stacks(plan.checkpoints[0].tensors).values(), default=0)
+    if len(plan.layers) in (0, donor) and all(layer == (0, i) for i, layer in enumerate(plan.layers)):
+        return False
+    sources = [config]
+    for checkpoint in plan.checkpoints[1:]:
+        other = checkpoint.directory / CONFIG_NAME
+        sources.append(read_map(other) if other.is_file() else config)
+    changed = False
+    for path in _maps(config):
+        owners = [_at(source, path) for source in sources]
+        own = owners[0]
+        counts = [key for key in _LAYER_COUNTS if own.get(key) == donor]
+        for key in counts:
+            own[key] = len(plan.layers)
+            changed = True
+        if not counts:
+            continue
+        for key, value in list(own.items()):
+            if not isinstance(value, list):
+                continue
+            # A source without such a list has the donor's.
+            lists = [found if isinstance(found := owner.get(key), list) else value for owner in owners]
+            if len(value) == donor and _is_by_layer(key, donor):
+                lists = [found or value for found in lists]
+                # It may be shorter than that source has layers.
+                own[key] = [lists[number][min(layer, len(lists[number]) - 1)] for number, layer in plan.layers]
+            elif _NUMBERS_OF_LAYERS.search(key) and all(type(item) is int and 0 <= item < donor for item in value):
+                own[key] = [i for i, (number, layer) in enumerate(plan.layers) if layer in lists[number]]
+    return changed
+
+
+def _set_vocabulary(plan: Plan, config: dict[str, Any]) -> bool:
+    """Where the embedding has other rows than the donor's: by the recipe's tokenizer, or an adapter's own tokens."""
+    tensors = {name: spec.shape for name, spec in plan.checkpoints[0].tensors.items()}
+    found = vocabulary_of(tensors)
+    if found is None:
+        return False
+    before, names = found
+    rows = next((tensor.shape[0] for tensor in plan.tensors if tensor.name in names), before)
+    if rows == before:
+        return False
+    changed = False
+    for path in _maps(config):
+        own = _at(config, path)
+        for key in [key for key, value in own.items() if "vocab_size" in key and value == before]:
+            own[key] = rows
+            changed = True
+    return changed
+
+
+def _set_token_ids(plan: Plan, config: dict[str, Any], name: str) -> bool:
+    """Where special tokens have other ids than in the donor: those that the tokenizer's model says, or else the same
+    tokens' new ones. `name` is the file's."""
+    donor, joined = plan.models[0], plan.vocabulary
+    if joined is None or donor.vocabulary is None:
+        return False
+    source = next((model for model in plan.models if _is_of(model, joined.directory)), donor)
+    assert source.vocabulary is not None
+    theirs = config if source is donor else read_map(plan.checkpoints[source.checkpoint].directory / name)
+    changed = False
+    for path in _maps(config):
+        own, other = _at(config, path), _at(theirs, path)
+        for key, value in list(own.items()):
+            if not _TOKEN_IDS.search(key):
+                continue
+            model, given = (source, other[key]) if other.get(key) is not None else (donor, value)
+            assert model.vocabulary is not None
+            own[key] = _translated(given, model.vocabulary.tokens, joined.ids)
+            changed |= own[key] != value
+    return changed
+
+
+def _is_of(model: Model, directory: Path) -> bool:
+    return model.vocabulary is not None and model.vocabulary.directory == directory
+
+
+def _translated(value: Any, tokens: Mapping[int, str], ids: Mapping[str, int]) -> Any:
+    """Ids as they are in the output; what is no id stays, and what is of no token there becomes null."""
+    if isinstance(value, list):
+        found = [_translated(each, tokens, ids) for each in value]
+        return [each for each in found if each is not None]
+    if isinstance(value, bool) or not isinstance(value, int) or value not in tokens:
+        return value
+    return ids.get(tokens[value])
+
+
+def _set_tied(plan: Plan, config: dict[str, Any]) -> bool:
+    """Where the output has a head of its own and the donor had none: loaders must not throw it away."""
+    if plan.tied or head_of(tensor.name for tensor in plan.tensors) is None:
+        return False
+    changed = False
+    for path in _maps(config):
+        own = _at(config, path)
+        # Without the flag many kinds of models are tied.
+        if own.get(_TIED) or (not path and plan.donor_is_tied and _TIED not in own):
+            own[_TIED] = False
+            changed = True
+    return changed
+
+
+def _is_by_layer(key: str, layers: int) -> bool:
+    """Whether a list as long as there are layers is one of them: of a small model it could be any other list."""
+    return "layer" in key or (layers > 4 and "token" not in key and key != "architectures")
+
+
+def _maps(config: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Where the maps of a config are: its own, and one level down, as the `text_config` of models that see."""
+    return [(), *((key,) for key, value in config.items() if isinstance(value, dict))]
+
+
+def _at(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    """The map at `path`, empty where there is none."""
+    for key in path:
+        inner = config.get(key)
+        config = inner if isinstance(inner, dict) else {}
+    return config
+
+
+def _set_dtype(plan: Plan, config: dict[str, Any]) -> bool:
+    sizes: dict[str, int] = {}
+    for tensor in plan.tensors:
+        if tensor.dtype in RECIPE_DTYPES.values():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    if not sizes:
+        return False
+    stored = max(sizes, key=lambda name: sizes[name])
+    name = next(written for written, dtype in RECIPE_DTYPES.items() if dtype == stored)
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    if config.get(key) == name:
+        return False
+    config[key] = name
+    return True

@@ -1,0 +1,573 @@
+"""Models of different vocabularies: which tokens the output has under which ids, and which rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+import streammerge
+from streammerge.base.errors import InputError, RecipeError, ShapeMismatch
+from streammerge.run.merge import Options, make_plan
+from tests.models import read_tensors
+from tests.run.vocabularies import BIAS, EMBED, HEAD, WIDTH, Model, expected_mean, make_model, own_row, write_tokenizer
+
+WORDS = ["<unk>", *(f"word{i}" for i in range(120))]
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> list[Model]:
+    """One model, one with more words and marks in another order, one with other words only."""
+    return [
+        make_model(tmp_path / "a", WORDS, ["<|end|>"], seed=1),
+        make_model(tmp_path / "b", [*WORDS[:60], "new1", "new2", *WORDS[60:]], ["<|im|>", "<|end|>"], seed=2),
+        make_model(tmp_path / "c", ["<unk>", "new2", "other", *WORDS[100:]], ["<|im|>"], seed=3),
+    ]
+
+
+def recipe_of(path: Path, models: list[Model], method: str = "linear", **top: Any) -> Path:
+    content = {"merge_method": method, "dtype": "float32", **top}
+    content["models"] = [{"model": str(model.path)} for model in models]
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def merge(path: Path, models: list[Model], method: str = "linear", *, name: str = "out", options: Any = (),
+          **top: Any) -> Path:  # fmt: skip
+    out = path / name
+    top = {"parameters": {"weight": 1.0}, **top} if method == "linear" else top
+    streammerge.merge(recipe_of(path / f"{name}.yaml", models, method, **top), out,
+                      **{"compile": "off", "threads": 1, **dict(options)})  # fmt: skip
+    return out
+
+
+def ids_of(out: Path) -> dict[str, int]:
+    """The ids of the output's tokens as the tokenizers library reads them."""
+    from tokenizers import Tokenizer
+
+    return dict(Tokenizer.from_file(str(out / "tokenizer.json")).get_vocab(with_added_tokens=True))
+
+
+def warnings_of(path: Path, models: list[Model], **top: Any) -> list[str]:
+    return list(
+        make_plan(recipe_of(path / "w.yaml", models, **{"parameters": {"weight": 1}, **top}), Options()).warnings
+    )
+
+
+def refusal(path: Path, models: list[Model], **top: Any) -> str:
+    with pytest.raises((RecipeError, InputError)) as caught:
+        merge(path, models, **top)
+    assert not (path / "out").exists()
+    return str(caught.value)
+
+
+def same_rows(table: Tensor, expected: dict[int, Tensor]) -> bool:
+    # Weights of a third, and sums in float32.
+    return all(torch.allclose(table[place].double(), row, rtol=0, atol=1e-6) for place, row in expected.items())
+
+
+# Which tokens, under which ids.
+
+
+def test_a_union_keeps_the_first_models_ids_and_adds_words_then_marks_in_the_recipes_order(
+    tmp_path: Path, three: list[Model]
+) -> None:
+    ids = ids_of(merge(tmp_path, three, tokenizer={"source": "union"}))
+    first = three[0].tokens
+    assert {token: ids[token] for token in first} == first
+    rest = [token for token in sorted(ids, key=ids.__getitem__) if token not in first]
+    assert rest == ["new1", "new2", "other", "<|im|>"]
+    assert [ids[token] for token in rest] == [*range(len(first), len(first) + 4)]
+
+
+def test_the_ids_do_not_hang_on_a_hash(tmp_path: Path, three: list[Model]) -> None:
+    # Defect 5: mergekit's differ from run to run.
+    recipe = recipe_of(tmp_path / "r.yaml", three, tokenizer_source="union", parameters={"weight": 1})
+    found = set()
+    for seed in range(3):
+        out = tmp_path / f"out{seed}"
+        subprocess.run(
+            [sys.executable, "-m", "streammerge", recipe, out, "--compile", "off", "--quiet"],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)}, check=True, timeout=120,
+        )  # fmt: skip
+        found.add(((out / "tokenizer.json").read_bytes(), (out / "model.safetensors").read_bytes()))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("source", ["base", 1, 2])
+def test_the_tokenizer_of_one_model_is_taken_as_it_is(tmp_path: Path, three: list[Model], source: Any) -> None:
+    chosen = three[0] if source == "base" else three[source]
+    (chosen.path / "special_tokens_map.json").write_text('{"of": "chosen"}')
+    named = "base" if source == "base" else str(chosen.path)
+    out = merge(tmp_path, three, tokenizer={"source": named})
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        assert (out / name).read_bytes() == (chosen.path / name).read_bytes()
+    table = load_file(out / "model.safetensors")[EMBED]
+    assert table.shape == (len(chosen.tokens), WIDTH)
+    assert same_rows(table, expected_mean(three, None, EMBED, chosen.tokens))
+
+
+def test_transformers_reads_the_union_and_cuts_texts_as_planned(tmp_path: Path, three: list[Model]) -> None:
+    from transformers import AutoTokenizer
+
+    out = merge(tmp_path, three, tokenizer={"source": "union"})
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    ids = ids_of(out)
+    assert tokenizer.get_vocab() == ids
+    words = ["word5", "new1", "<|im|>", "other", "<|end|>"]
+    assert tokenizer(" ".join(words))["input_ids"] == [ids[word] for word in words]
+
+
+def test_tokens_beyond_the_embedding_count_as_missing_there(tmp_path: Path) -> None:
+    # Defect 18: mergekit fails with a KeyError when another model has such a token properly.
+    one = make_model(tmp_path / "a", WORDS, ["<|im|>", "<|lost|>"], seed=1, rows=len(WORDS))
+    other = make_model(tmp_path / "b", WORDS, ["<|im|>"], seed=2)
+    out = merge(tmp_path, [one, other], tokenizer={"source": "union"})
+    ids = ids_of(out)
+    assert ids == {**{word: i for i, word in enumerate(WORDS)}, "<|im|>": len(WORDS)}
+    table = load_file(out / "model.safetensors")[EMBED]
+    assert len(table) == len(WORDS) + 1
+    assert torch.equal(table[-1], other.tensors[EMBED][-1].float())
+    (warning,) = warnings_of(tmp_path, [one, other], tokenizer={"source": "union"})
+    assert "has 121 rows, and none for '<|im|>', '<|lost|>'" in warning
+
+
+# Which rows.
+
+
+@pytest.mark.parametrize("name", [EMBED, HEAD, BIAS])
+def test_every_row_of_a_union_is_what_it_should_be(tmp_path: Path, three: list[Model], name: str) -> None:
+    out = merge(tmp_path, three, tokenizer={"source": "union"})
+    table = load_file(out / "model.safetensors")[name]
+    expected = expected_mean(three, None, name, ids_of(out))
+    assert len(expected) == len(table)
+    assert same_rows(table, expected)
+
+
+def test_tokens_that_the_base_has_are_the_bases_where_a_model_lacks_them(tmp_path: Path, three: list[Model]) -> None:
+    # So the delta of a model is zero there.
+    out = merge(tmp_path, three[1:], "task_arithmetic", base_model=str(three[0].path), tokenizer={"source": "union"},
+                parameters={"weight": 1.0})  # fmt: skip
+    ids, table = ids_of(out), load_file(out / "model.safetensors")[EMBED]
+    for token in ("word70", "word110"):
+        base = own_row(three[0], EMBED, token)
+        rows = [own_row(model, EMBED, token) for model in three[1:]]
+        assert base is not None
+        changes = sum(((row - base) for row in rows if row is not None), torch.zeros(WIDTH).double())
+        assert torch.allclose(table[ids[token]].double(), base + changes, atol=1e-6, rtol=0)
+    # Of a token that one model alone has, all have its row.
+    only = own_row(three[2], EMBED, "other")
+    assert only is not None
+    assert torch.equal(table[ids["other"]].double(), only)
+
+
+def test_rules_give_tokens_their_rows(tmp_path: Path, three: list[Model]) -> None:
+    a, b, c = three
+    tokens = {
+        "new1": {"source": str(b.path)},
+        "<|im|>": {"source": {"kind": "model_token", "model": str(c.path), "token": "other"}, "force": True},
+        "new2": {"source": {"kind": "zero"}},
+        "<|mine|>": {"source": {"kind": "model_token", "model": str(a.path), "token_id": 7}},
+        "word5": {"source": {"model": {"path": str(b.path)}}, "force": True},
+    }
+    out = merge(tmp_path, three, tokenizer={"source": "union", "tokens": tokens})
+    ids = ids_of(out)
+    assert ids["<|mine|>"] == max(ids.values())
+    table = load_file(out / "model.safetensors")[EMBED]
+    zeros = torch.zeros(WIDTH).double()
+    rules = {
+        "new1": (own_row(b, EMBED, "new1"), False),
+        "<|im|>": (own_row(c, EMBED, "other"), True),
+        "new2": (zeros, False),
+        "<|mine|>": (a.tensors[EMBED][7].double(), False),
+        "word5": (own_row(b, EMBED, "word5"), True),
+    }
+    assert same_rows(table, expected_mean(three, None, EMBED, ids, rules))
+
+
+def test_a_token_without_a_source_and_of_no_model_gets_zeros_and_a_warning(tmp_path: Path, three: list[Model]) -> None:
+    chosen = {"source": "union", "tokens": {"<|mine|>": {}}}
+    assert any(
+        "no model has a row for '<|mine|>': zeros" in text for text in warnings_of(tmp_path, three, tokenizer=chosen)
+    )
+    out = merge(tmp_path, three, tokenizer=chosen)
+    assert not load_file(out / "model.safetensors")[EMBED][ids_of(out)["<|mine|>"]].any()
+
+
+def test_rows_that_no_token_has_are_kept(tmp_path: Path) -> None:
+    # mergekit cuts them off (its issue 425), and the model no longer fits what others made for it.
+    models = [make_model(tmp_path / name, WORDS, seed=seed, rows=128) for name, seed in (("a", 1), ("b", 2))]
+    out = merge(tmp_path, models, tokenizer={"source": "base"})
+    table = load_file(out / "model.safetensors")[EMBED]
+    assert torch.equal(table, (models[0].tensors[EMBED].float() + models[1].tensors[EMBED].float()) / 2)
+    assert json.loads((out / "config.json").read_text())["vocab_size"] == 128
+
+
+def test_a_table_that_is_padded_more_gives_way_to_the_base(tmp_path: Path) -> None:
+    one = make_model(tmp_path / "a", WORDS, seed=1, rows=128)
+    other = make_model(tmp_path / "b", WORDS, seed=2, rows=192)
+    out = merge(tmp_path, [one, other], tokenizer={"source": "base"})
+    table = load_file(out / "model.safetensors")[EMBED]
+    assert torch.equal(table, (one.tensors[EMBED].float() + other.tensors[EMBED][:128].float()) / 2)
+    out = merge(tmp_path, [other, one], tokenizer={"source": "base"}, name="turned")
+    table = load_file(out / "model.safetensors")[EMBED]
+    # Where one model ends, it has the other's rows.
+    assert torch.equal(table[128:], other.tensors[EMBED][128:].float())
+
+
+def test_padding_rows_are_a_mean_over_rows_of_the_model(tmp_path: Path, three: list[Model]) -> None:
+    out = merge(tmp_path, three[:1], "passthrough", tokenizer={"source": "base", "pad_to_multiple_of": 64})
+    table = load_file(out / "model.safetensors")[EMBED]
+    count = len(three[0].tokens)
+    assert table.shape == (128, WIDTH)
+    assert json.loads((out / "config.json").read_text())["vocab_size"] == 128
+    mine = three[0].tensors[EMBED]
+    spread = torch.linspace(0, count - 1, 64, dtype=torch.float64).long()
+    mean = mine[spread].double().mean(0)
+    assert torch.equal(table[:count], mine.float())
+    assert all(torch.equal(row, mean.float()) for row in table[count:])
+
+
+def test_a_model_with_the_base_as_its_head_gets_one_table(tmp_path: Path) -> None:
+    names = [EMBED]
+    tied = {"tie_word_embeddings": True}
+    models = [
+        make_model(tmp_path / "a", WORDS, seed=1, names=names, config=tied),
+        make_model(tmp_path / "b", [*WORDS, "more"], seed=2, names=names, config=tied),
+    ]
+    out = merge(tmp_path, models, tokenizer={"source": "union"})
+    tensors = load_file(out / "model.safetensors")
+    assert HEAD not in tensors
+    assert same_rows(tensors[EMBED], expected_mean(models, None, EMBED, ids_of(out)))
+
+
+# The same bits.
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "slerp", "della"])
+def test_tiles_and_threads_do_not_change_a_byte(tmp_path: Path, three: list[Model], method: str) -> None:
+    base = None if method == "linear" else str(three[0].path)
+    models = three if method != "slerp" else three[:2]
+    parameters = {"linear": {"weight": 1}, "slerp": {"t": 0.3}}.get(method, {"weight": 0.5, "density": 0.4})
+    found = []
+    for name, memory, threads in (("small", None, 1), ("large", 4_000_000_000, 2)):
+        options: dict[str, Any] = {"threads": threads}
+        if memory is not None:
+            options["max_memory"] = memory
+        top = {"tokenizer": {"source": "union", "pad_to_multiple_of": 8}, "parameters": parameters}
+        top |= {} if base is None else {"base_model": base}
+        found.append(read_tensors(merge(tmp_path, models, method, name=f"{method}-{name}", options=options, **top)))
+    assert found[0] == found[1]
+
+
+def test_models_of_one_vocabulary_give_the_bytes_of_a_merge_without_a_tokenizer(tmp_path: Path) -> None:
+    models = [make_model(tmp_path / name, WORDS, ["<|end|>"], seed=seed) for name, seed in (("a", 1), ("b", 2))]
+    plain = merge(tmp_path, models, name="plain")
+    for number, source in enumerate(("union", "base", str(models[1].path))):
+        out = merge(tmp_path, models, name=f"out{number}", tokenizer={"source": source})
+        assert read_tensors(out) == read_tensors(plain)
+
+
+def test_an_interrupted_merge_goes_on_with_the_same_ids(tmp_path: Path, three: list[Model]) -> None:
+    recipe = recipe_of(tmp_path / "r.yaml", three, parameters={"weight": 1}, tokenizer_source="union")
+    digest = make_plan(recipe, Options()).digest
+    assert make_plan(recipe, Options()).digest == digest
+    # Another token of the same count in a model is another output.
+    write_tokenizer(three[2].path, ["<unk>", "new2", "changed", *WORDS[100:]], ["<|im|>"])
+    assert make_plan(recipe, Options()).digest != digest
+
+
+# Special tokens and templates.
+
+
+def test_ids_of_special_tokens_follow(tmp_path: Path) -> None:
+    ids = {"bos_token_id": 0, "eos_token_id": [1, 2], "pad_token_id": None, "text_config": {"image_token_index": 3}}
+    base = make_model(tmp_path / "a", ["<unk>", "one", "two", "picture"], seed=1, config=ids)
+    (base.path / "generation_config.json").write_text('{"eos_token_id": 2, "top_k": 5}')
+    other = make_model(tmp_path / "b", ["<unk>", "picture", "stop", "two", "one"], seed=2,
+                       config={"eos_token_id": 2})  # fmt: skip
+    (other.path / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
+    out = merge(tmp_path, [base, other], tokenizer={"source": str(other.path)})
+    config = json.loads((out / "config.json").read_text())
+    # What the tokenizer's model says of its own; what only the first one knows by its tokens.
+    assert config["eos_token_id"] == 2
+    assert config["bos_token_id"] == 0
+    assert config["pad_token_id"] is None
+    assert config["text_config"]["image_token_index"] == 1
+    assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": [2, 0], "top_k": 5}
+    kept = merge(tmp_path, [base, other], tokenizer={"source": "union"}, name="kept")
+    config = json.loads((kept / "config.json").read_text())
+    assert config["eos_token_id"] == [1, 2]
+    assert json.loads((kept / "generation_config.json").read_text()) == {"eos_token_id": 2, "top_k": 5}
+
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Ho"},
+    {"role": "user", "content": "So?"},
+]
+
+
+CHATS = {
+    "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    "Ho<|im_end|>\n<|im_start|>user\nSo?<|im_end|>\n<|im_start|>assistant\n",
+    "llama3": "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>user"
+    "<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nHo<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nSo?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    "alpaca": "<s>Be brief.\n\n### Instruction:\nHi\n\n### Response:\nHo</s>\n\n### Instruction:\nSo?\n\n"
+    "### Response:\n",
+    "mistral": "<s>[INST] Be brief.\n\nHi [/INST] Ho</s>[INST] So? [/INST]",
+    "exaone": "[|system|]Be brief.[|endofturn|]\n[|user|]Hi\n[|assistant|]Ho[|endofturn|]\n[|user|]So?\n[|assistant|]",
+}
+
+
+@pytest.mark.parametrize(("name", "text"), CHATS.items())
+def test_a_named_template_writes_chats_as_its_models_do(tmp_path: Path, name: str, text: str) -> None:
+    from transformers import AutoTokenizer
+
+    model = make_model(tmp_path / "a", ["<unk>", "<s>", "</s>"], seed=1)
+    write_tokenizer(model.path, ["<unk>", "<s>", "</s>"], bos_token="<s>", eos_token="</s>",
+                    chat_template="{{ 'an old one' }}")  # fmt: skip
+    out = merge(tmp_path, [model], "passthrough", chat_template=name)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True) == text
+    config = json.loads((out / "tokenizer_config.json").read_text())
+    assert config["chat_template"] == (out / "chat_template.jinja").read_text()
+
+
+def test_auto_takes_the_template_that_most_models_have(tmp_path: Path, three: list[Model]) -> None:
+    a, b, c = three
+    (a.path / "chat_template.jinja").write_text("{{ 'one of its own' }}")
+    (b.path / "chat_template.json").write_text('{"chat_template": "{{ 1 }}"}')
+    entries = [{"name": "tool_use", "template": "{{ 2 }}"}, {"name": "default", "template": "{{ 1 }}"}]
+    write_tokenizer(c.path, list(c.tokens)[:-1], ["<|im|>"], chat_template=entries)
+    out = merge(tmp_path, three, tokenizer={"source": "union"}, chat_template="auto")
+    assert (out / "chat_template.jinja").read_text() == "{{ 1 }}"
+    assert not (out / "chat_template.json").exists()
+
+
+def test_marks_of_a_template_that_are_no_tokens_are_told(tmp_path: Path, three: list[Model]) -> None:
+    (warning,) = warnings_of(tmp_path, three[:1], chat_template="chatml")
+    assert "'<|im_start|>', '<|im_end|>' are no token of the output" in warning
+
+
+@pytest.mark.parametrize(
+    ("template", "what"),
+    [
+        ("chatlm", "'chatlm' is no template: write auto, alpaca, chatml"),
+        ("a sentence of more than twenty letters", "is no template"),
+        ("{% for message in messages %}{{ message }}", "is no template that Jinja can read"),
+    ],
+)
+def test_what_is_no_template_is_refused_while_planning(
+    tmp_path: Path, three: list[Model], template: str, what: str
+) -> None:
+    # mergekit says so after it has written all weights.
+    assert what in refusal(tmp_path, three, chat_template=template)
+
+
+# What cannot be.
+
+
+def test_different_sizes_without_a_tokenizer_say_what_to_write(tmp_path: Path, three: list[Model]) -> None:
+    with pytest.raises(ShapeMismatch, match=r"add  tokenizer: \{source: union\}  to the recipe\."):
+        merge(tmp_path, three)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "what"),
+    [
+        ({"source": "nobody"}, "nobody is no model of this recipe"),
+        ({"tokens": {"x": {"source": {"kind": "model_token", "model": "A"}}}}, "either token or token_id"),
+        ({"tokens": {"x": {"source": {"kind": "model_token", "model": "A", "token": "y", "token_id": 3}}}},
+         "either token or token_id"),
+        ({"tokens": {"x": {"source": {"kind": "mean"}}}}, "'mean' is no kind of source"),
+        ({"tokens": {"x": {"source": {"kind": "model_token", "model": "A", "token_id": 100000}}}},
+         "has no row 100000: it has 122"),
+        ({"tokens": {"x": {"source": {"kind": "model_token", "model": "A", "token": "nowhere"}}}},
+         "has no token 'nowhere'"),
+        ({"tokens": {"x": {"source": "A"}}}, "has no token 'x'"),
+        ({"pad_to_multiple_of": 0}, "greater than or equal to 1"),
+        ({"tokens": {"x": {"source": "A", "forced": True}}}, "unknown key"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_the_tokenizers_map_are_named(
+    tmp_path: Path, three: list[Model], tokenizer: dict[str, Any], what: str
+) -> None:
+    # Defect 19 among them: mergekit takes a model_token without a token for the model itself.
+    text = json.dumps(tokenizer).replace('"A"', json.dumps(str(three[0].path)))
+    assert what in refusal(tmp_path, three, tokenizer=json.loads(text), options={"strict": True})
+
+
+def test_both_ways_of_naming_a_tokenizer_exclude_each_other(tmp_path: Path, three: list[Model]) -> None:
+    assert "keep one of the two" in refusal(tmp_path, three, tokenizer={}, tokenizer_source="base")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}'])
+def test_a_tokenizer_that_cannot_be_loaded_is_an_error(tmp_path: Path, three: list[Model], content: str) -> None:
+    (three[1].path / "tokenizer.json").write_text(content)
+    assert f"{three[1].path}/tokenizer.json: its tokenizer cannot be loaded" in refusal(
+        tmp_path, three, tokenizer={"source": "union"}
+    )
+
+
+def test_a_first_model_without_a_tokenizer_is_an_error(tmp_path: Path, three: list[Model]) -> None:
+    (three[0].path / "tokenizer.json").unlink()
+    assert f"{three[0].path} has none in its directory" in refusal(tmp_path, three, tokenizer={"source": "union"})
+
+
+def test_another_model_without_one_is_taken_to_have_the_firsts(tmp_path: Path) -> None:
+    models = [make_model(tmp_path / name, WORDS, seed=seed) for name, seed in (("a", 1), ("b", 2))]
+    plain = read_tensors(merge(tmp_path, models, name="plain"))
+    (models[1].path / "tokenizer.json").unlink()
+    (warning,) = warnings_of(tmp_path, models, tokenizer={"source": "union"})
+    assert "has none; it is taken to be that of" in warning
+    assert read_tensors(merge(tmp_path, models, tokenizer={"source": "union"})) == plain
+
+
+# Documents that use each other.
+
+
+def staged(path: Path, *documents: dict[str, Any]) -> Path:
+    recipe = path / "staged.yaml"
+    recipe.write_text(yaml.safe_dump_all(documents, sort_keys=False))
+    streammerge.merge(recipe, path / "staged", compile="off", threads=1)
+    return path / "staged"
+
+
+def document(models: list[Any], **more: Any) -> dict[str, Any]:
+    listed = [{"model": str(getattr(model, "path", model))} for model in models]
+    return {"merge_method": "linear", "dtype": "float32", "parameters": {"weight": 1}, "models": listed, **more}
+
+
+def test_a_stage_in_a_union_feeds_another_of_the_same_tokens(tmp_path: Path, three: list[Model]) -> None:
+    a, b, _ = three
+    first = document([a, b], name="ab", tokenizer={"source": "union"})
+    out = staged(tmp_path, first, document(["ab", "ab2"]), {**first, "name": "ab2"})
+    alone = merge(tmp_path, [a, b], tokenizer={"source": "union"})
+    assert read_tensors(out) == read_tensors(alone)
+    assert (out / "tokenizer.json").read_bytes() == (alone / "tokenizer.json").read_bytes()
+
+
+def test_rows_of_a_stages_result_cannot_be_moved(tmp_path: Path, three: list[Model]) -> None:
+    a, b, c = three
+    with pytest.raises(RecipeError, match="write ab to a directory of its own first"):
+        staged(tmp_path, document([a, b], name="ab", tokenizer={"source": "union"}),
+               document([c, "ab"], tokenizer={"source": "union"}))  # fmt: skip
+
+
+# Tokenizers of other kinds.
+
+
+def bpe(words: list[str], added: list[str]) -> Any:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(words * 5, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in added])
+    return tokenizer
+
+
+def unigram(words: list[str], added: list[str]) -> Any:
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=60, unk_token="<unk>", special_tokens=["<pad>", "</s>", "<unk>"])
+    tokenizer.train_from_iterator(words * 5, trainer)
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in added])
+    return tokenizer
+
+
+def wordpiece(words: list[str], added: list[str]) -> Any:
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.WordPieceTrainer(vocab_size=80, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+    tokenizer.train_from_iterator(words * 5, trainer)
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in added])
+    return tokenizer
+
+
+KINDS = {
+    "PreTrainedTokenizerFast": bpe, "GPT2TokenizerFast": bpe, "Qwen2TokenizerFast": bpe,
+    "T5TokenizerFast": unigram, "BertTokenizerFast": wordpiece,
+}  # fmt: skip
+TEXTS = ["the quick brown fox jumps", "over the lazy dogs"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unions_of_every_kind_load_in_transformers_and_read_old_texts_as_before(tmp_path: Path, kind: str) -> None:
+    from transformers import AutoTokenizer
+
+    made = []
+    for seed, (name, words, added) in enumerate(
+        [("a", TEXTS[:1], ["<|endoftext|>", "<|x|>"]), ("b", TEXTS, ["<|endoftext|>", "<|y|>"])]
+    ):
+        tokenizer = KINDS[kind](words, added)
+        model = make_model(tmp_path / name, ["<unk>"], seed=seed, rows=len(tokenizer.get_vocab()))
+        tokenizer.save(str(model.path / "tokenizer.json"))
+        config = {"tokenizer_class": kind, "extra_ids": 0, "added_tokens_decoder": {
+            str(number): {"content": token.content, "special": True}
+            for number, token in tokenizer.get_added_tokens_decoder().items()}}  # fmt: skip
+        (model.path / "tokenizer_config.json").write_text(json.dumps(config))
+        made.append((model, tokenizer))
+    (one, before), (_, other) = made
+    out = merge(tmp_path, [model for model, _ in made], tokenizer={"source": "union"})
+    loaded = AutoTokenizer.from_pretrained(out)
+    ids = loaded.get_vocab()
+    assert set(before.get_vocab()) | set(other.get_vocab()) <= set(ids)
+    assert {token: ids[token] for token in before.get_vocab()} == before.get_vocab()
+    assert max(ids.values()) < len(load_file(out / "model.safetensors")[EMBED])
+    old = AutoTokenizer.from_pretrained(one.path)
+    for text in TEXTS[:1]:
+        assert loaded(text)["input_ids"] == old(text)["input_ids"]
+    assert ids["<|y|>"] in loaded("the <|y|> fox")["input_ids"]
+
+
+def test_a_tokenizer_without_its_json_is_converted(tmp_path: Path) -> None:
+    # vocab.json and merges.txt, as GPT-2 came first.
+    pytest.importorskip("transformers")
+    tokenizer = bpe(TEXTS, [])
+    tokens = tokenizer.get_vocab()
+    models = []
+    for name, seed in (("a", 1), ("b", 2)):
+        model = make_model(tmp_path / name, ["<unk>"], seed=seed, rows=len(tokens) + 1, config={"model_type": "gpt2"})
+        (model.path / "tokenizer.json").unlink()
+        tokenizer.model.save(str(model.path))
+        (model.path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+        models.append(model)
+    chosen = {"source": "union", "tokens": {"<|mine|>": {"source": {"kind": "zero"}}}}
+    out = merge(tmp_path, models, tokenizer=chosen)
+    # GPT-2's class brings a token of its own, the one that had the last row.
+    assert ids_of(out) == {**tokens, "<|endoftext|>": len(tokens), "<|mine|>": len(tokens) + 1}
+    assert not (out / "vocab.json").exists()
+    assert not (out / "merges.txt").exists()
+    assert len(load_file(out / "model.safetensors")[EMBED]) == len(tokens) + 2
+
+
+def test_a_tokenizer_of_a_models_own_code_is_refused_and_the_code_not_run(tmp_path: Path, three: list[Model]) -> None:
+    pytest.importorskip("transformers")
+    path = three[1].path
+    (path / "tokenizer.json").unlink()
+    (path / "vocab.json").write_text("{}")
+    (path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    (path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}})
+    )
+    assert f"{path}: its tokenizer cannot be loaded" in refusal(tmp_path, three, tokenizer={"source": "union"})
+    assert not (tmp_path / "ran").exists()
