@@ -25,6 +25,14 @@ models:
     parameters: {weight: [0.1, 1e-5], density: [{filter: mlp, value: [0.1, 0.9]}, {value: 0.5}]}
 parameters: {normalize: true, lambda: 1.5}
 dtype: bfloat16
+chat_template: chatml
+tokenizer:
+  pad_to_multiple_of: 8
+  tokens:
+    <|x|>: {source: {kind: model_token, model: a, token_id: 3}}
+    <|y|>: {source: {kind: zero}, force: true}
+    <|z|>: {source: {model: {path: a}}}
+    <|w|>: {source: a}
 """
 
 
@@ -64,6 +72,10 @@ def test_the_schema_takes_a_sound_recipe() -> None:
         ("normalize: true", "normalize: 7", "$.parameters.normalize"),
         ("value: 0.5", "vale: 0.5", "$.models[1].parameters.density"),
         ("model: a\n  -", "modle: a\n  -", "$.models[0]"),
+        ("token_id: 3", "token_id: -3", "$.tokenizer.tokens"),
+        ("token_id: 3", "token_id: 3, token: x", "$.tokenizer.tokens"),
+        (", token_id: 3", "", "$.tokenizer.tokens"),
+        ("multiple_of: 8", "multiple_of: 0", "$.tokenizer.pad_to_multiple_of"),
     ],
 )
 def test_the_schema_finds_mistakes(old: str, new: str, place: str) -> None:

@@ -21,8 +21,9 @@ from benchlib.compat_recipes import placed
 from streammerge.api import make_plan, merge
 from streammerge.base.errors import StreamMergeError
 from streammerge.plan.draft import Draft, draft_stages
+from streammerge.plan.gather import Read
 from streammerge.plan.plan import Plan
-from streammerge.plan.view import Operand, Read
+from streammerge.plan.view import Operand
 from tests.methods.oracles import Array, Expected, Given, oracle, rounded
 
 SEED = 1
@@ -132,6 +133,7 @@ class Kitchen:
 
     def __init__(self, folder: Path, only: str = "") -> None:
         self._folder, self._only = folder, only
+        folder.mkdir(parents=True)
         self.runs: list[Run] = []
         self.failures: dict[Path, str] = {}  # of mergekit, by recipe
         self.refusals: dict[Path, str] = {}  # ours

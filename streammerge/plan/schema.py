@@ -8,6 +8,7 @@ from streammerge.base.dtypes import RECIPE_DTYPES
 from streammerge.kernels.contract import Param
 from streammerge.methods import METHODS
 from streammerge.plan.analysis import AnalysisOptions, Decisions
+from streammerge.plan.template import AUTO, NAMES
 
 _SCALARS: dict[str, dict[str, Any]] = {
     # YAML 1.1 reads 1e-5, without a dot, as text.
@@ -51,7 +52,32 @@ def recipe_schema() -> dict[str, Any]:
             "parameters": {"type": "object", "description": "parameters for all models and layers"},
             "dtype": {"$ref": "#/$defs/dtype", "description": "what the result is stored in"},
             "out_dtype": {"$ref": "#/$defs/dtype", "description": "the same, and comes before dtype"},
-            "tokenizer_source": {"enum": ["base"]},
+            "tokenizer_source": {
+                "$ref": "#/$defs/tokenizer source", "description": "the same as tokenizer: {source: …}",
+            },
+            "tokenizer": {
+                "type": "object",
+                "properties": {
+                    "source": {"$ref": "#/$defs/tokenizer source", "default": "union"},
+                    "tokens": {
+                        "type": "object",
+                        "additionalProperties": {
+                            "type": "object",
+                            "properties": {
+                                "source": {"$ref": "#/$defs/row source"},
+                                "force": {
+                                    "type": "boolean", "default": False,
+                                    "description": "in all models, not only in those without it",
+                                },
+                            },
+                        },
+                        "description": "where rows of tokens come from in models that lack them",
+                    },
+                    "pad_to_multiple_of": {"type": "integer", "minimum": 1},
+                },
+                "description": "the tokens of the output",
+            },
+            "chat_template": {"type": "string", "description": f"{', '.join((AUTO, *NAMES))}, or a template itself"},
             "tasks": {"type": "array", "items": {"type": "object"}, "description": "hi_merging: questions"},
             "proxy": {"enum": ["weights"], "description": "hi_merging without data"},
             "decisions": {"enum": list(get_args(Decisions)), "description": "hi_merging: how conflicts are resolved"},
@@ -63,6 +89,29 @@ def recipe_schema() -> dict[str, Any]:
             "model": {
                 "anyOf": [{"type": "string"}, {"type": "object", "required": ["model"]}],
                 "description": "a directory or a safetensors file, or the name of another document",
+            },
+            "tokenizer source": {
+                "anyOf": [{"enum": ["union", "base"]}, {"$ref": "#/$defs/model"}],
+                "description": "the tokens of all models, of the base (or first) model, or of one of the models",
+            },
+            "row source": {
+                "anyOf": [
+                    {
+                        "type": "object", "required": ["kind"], "properties": {"kind": {"const": "zero"}},
+                        "additionalProperties": False,
+                    },
+                    {
+                        "type": "object",
+                        "properties": {
+                            "kind": {"const": "model_token"}, "model": {"$ref": "#/$defs/model"},
+                            "token": {"type": "string"}, "token_id": {"type": "integer", "minimum": 0},
+                        },
+                        "required": ["kind", "model"],
+                        "oneOf": [{"required": ["token"]}, {"required": ["token_id"]}],
+                        "additionalProperties": False,
+                    },
+                    {"$ref": "#/$defs/model", "not": {"type": "object", "required": ["kind"]}},
+                ],
             },
             "dtype": {"enum": [*RECIPE_DTYPES, *(f"torch.{name}" for name in RECIPE_DTYPES)]},
             "source": {

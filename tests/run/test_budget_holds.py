@@ -29,6 +29,7 @@ from tests.command import streammerge as run
 from tests.methods.cases import FORMS, make, make_case, usual
 from tests.models import make_models, make_tensors, save_model, write_recipe
 from tests.run.test_adapters import write_adapter
+from tests.run.vocabularies import EMBED, write_tokenizer
 from tests.study.tiny import make_model, make_specialist, sentence, write_lines
 
 BUDGET = 500_000_000
@@ -152,7 +153,19 @@ def _adapter(folder: Path, *, norms: bool) -> Path:
     return write_recipe(folder / "recipe.yaml", "ties", models, base=base, per_model=per_model)
 
 
+def _vocabularies(folder: Path) -> Path:
+    """Models whose tokens have other ids, some of them only in one: the table is read as float32, row by row."""
+    words = [f"word{i}" for i in range(7000)]
+    models = []
+    for seed, own in enumerate((words, words[::-1][:6900], ["more", *words[100:]])):
+        path = folder / f"m{seed}"
+        write_tokenizer(path, ["<unk>", *own])
+        models.append(save_model(path, make_tensors(seed, shapes={EMBED: (len(own) + 1, 8000)})))
+    return write_recipe(folder / "recipe.yaml", "linear", models, per_model={"weight": 0.4}, tokenizer_source="union")
+
+
 KINDS: dict[str, Callable[[Path], Path]] = {
+    "vocabularies": _vocabularies,
     "mixed dtypes": _mixed,
     "float64": _double,
     "shards": _shards,
@@ -180,7 +193,7 @@ def _method(label: str) -> Callable[[Path], Path]:
 
 SQUEEZED = {**KINDS, **{label: _method(label) for label in FORMS}}
 # The nightly run tries all.
-_IN_SUITE = {"adapters", "stages", "cut over the whole model", "ties"}
+_IN_SUITE = {"adapters", "vocabularies", "stages", "cut over the whole model", "ties"}
 
 
 def _some(kinds: Iterable[str]) -> list[Any]:

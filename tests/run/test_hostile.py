@@ -12,6 +12,7 @@ import re
 import time
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,13 @@ import xxhash
 from streammerge.base.errors import StreamMergeError
 from streammerge.plan.adapter import changes_of, open_adapter
 from streammerge.plan.recipe import load_recipe
+from streammerge.plan.tokenizer import Tokenizer
+from streammerge.plan.vocab import join, load_vocabulary, template_of, tokenizer_files
 from streammerge.run.check import verify
+from streammerge.run.configuration import architecture
 from streammerge.run.inspection import inspect
 from streammerge.run.journal import Journal
 from streammerge.run.output import clean
-from streammerge.run.sidefiles import architecture
 from streammerge.run.survey import SurveyBook
 from streammerge.storage.checkpoint import INDEX_NAME, TensorSpec, open_checkpoint
 from streammerge.study.scorebook import Scorebook
@@ -41,7 +44,8 @@ base_model: a
 slices:
   - sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 2], parameters: {weight: [0.1, 0.9]}}]
 parameters: {density: [{filter: mlp, value: 0.5}, {value: 1}], normalize: true, lambda: 1e-1}
-tokenizer_source: base
+tokenizer: {source: union, pad_to_multiple_of: 8, tokens: {x: {source: {kind: model_token, model: a, token_id: 1}}}}
+chat_template: "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 dtype: bfloat16
 out_dtype: float32
 """
@@ -53,6 +57,17 @@ PLAN = json.dumps({"digest": "d", "facts": {}, "files": ["model.safetensors", "c
 CONFIG = json.dumps({"architectures": ["X"], "num_hidden_layers": 2, "layer_types": ["a", "b"]}).encode()
 ADAPTER = json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": 6, "use_dora": False, "use_rslora": True,
                       "rank_pattern": {"w": 3}, "alpha_pattern": {r"(layers\.)?[wv]": 8.5}}).encode()  # fmt: skip
+TOKENIZER = json.dumps({
+    "version": "1.0", "added_tokens": [
+        {"id": 3, "content": "<x>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+         "special": True}],
+    "normalizer": None, "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": None, "decoder": None,
+    "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"], "unk_token": None},
+}).encode()  # fmt: skip
+TOKENIZER_CONFIG = json.dumps({
+    "added_tokens_decoder": {"3": {"content": "<x>", "special": True}, "4": {"content": "<y>"}},
+    "chat_template": [{"name": "default", "template": "{{ 1 }}"}],
+}).encode()  # fmt: skip
 MANIFEST = json.dumps(
     {"files": {"a.txt": "0"}, "shards": {"model.safetensors": {"header": "0"}}, "tensors": {}}
 ).encode()
@@ -125,6 +140,26 @@ def _adapter(folder: Path, content: bytes) -> None:
     changes_of(adapter, 1, {"w.weight": TensorSpec("w.weight", "BF16", (2, 2), 0, 0, 8)}, "base+lora")
 
 
+def _tokenizer(folder: Path, content: bytes) -> None:
+    (folder / "tokenizer.json").write_bytes(content)
+    _join_with_another(folder)
+
+
+def _tokenizer_config(folder: Path, content: bytes) -> None:
+    (folder / "tokenizer.json").write_bytes(TOKENIZER)
+    (folder / "tokenizer_config.json").write_bytes(content)
+    _join_with_another(folder)
+    template_of(folder)
+
+
+def _join_with_another(folder: Path) -> None:
+    own = load_vocabulary(folder)
+    assert own is not None
+    other = replace(own, ids={"other": 0, "<z>": 1}, added={})
+    joined, _ = join(Tokenizer("union"), {"own": own.within(100), "other": other}, "own")
+    tokenizer_files(joined)
+
+
 def _manifest(folder: Path, content: bytes) -> None:
     try:
         made = json.loads(content)
@@ -154,6 +189,8 @@ READERS: dict[str, tuple[bytes, Callable[[Path, bytes], None]]] = {
     "config": (CONFIG, _config),
     "adapter": (ADAPTER, _adapter),
     "manifest": (MANIFEST, _manifest),
+    "tokenizer": (TOKENIZER, _tokenizer),
+    "tokenizer's config": (TOKENIZER_CONFIG, _tokenizer_config),
 }
 
 

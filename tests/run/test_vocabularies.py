@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import streammerge
 from streammerge.base.errors import InputError, RecipeError, ShapeMismatch
 from streammerge.run.merge import Options, make_plan
-from tests.models import read_tensors
+from tests.models import read_tensors, write_recipe
+from tests.run.test_adapters import write_adapter
 from tests.run.vocabularies import BIAS, EMBED, HEAD, WIDTH, Model, expected_mean, make_model, own_row, write_tokenizer
 
 WORDS = ["<unk>", *(f"word{i}" for i in range(120))]
@@ -254,19 +255,20 @@ def test_a_model_with_the_base_as_its_head_gets_one_table(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("method", ["linear", "ties", "slerp", "della"])
-def test_tiles_and_threads_do_not_change_a_byte(tmp_path: Path, three: list[Model], method: str) -> None:
+def test_tiles_and_threads_do_not_change_a_byte(
+    tmp_path: Path, three: list[Model], method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = None if method == "linear" else str(three[0].path)
     models = three if method != "slerp" else three[:2]
     parameters = {"linear": {"weight": 1}, "slerp": {"t": 0.3}}.get(method, {"weight": 0.5, "density": 0.4})
     found = []
-    for name, memory, threads in (("small", None, 1), ("large", 4_000_000_000, 2)):
-        options: dict[str, Any] = {"threads": threads}
-        if memory is not None:
-            options["max_memory"] = memory
+    for tile_blocks, threads in ((1, 1), (2, 2), (64, 1)):
+        monkeypatch.setattr("streammerge.plan.budget._TILE_BLOCKS", tile_blocks)
         top = {"tokenizer": {"source": "union", "pad_to_multiple_of": 8}, "parameters": parameters}
         top |= {} if base is None else {"base_model": base}
-        found.append(read_tensors(merge(tmp_path, models, method, name=f"{method}-{name}", options=options, **top)))
-    assert found[0] == found[1]
+        out = merge(tmp_path, models, method, name=f"{tile_blocks}", options={"threads": threads}, **top)
+        found.append(read_tensors(out))
+    assert found[0] == found[1] == found[2]
 
 
 def test_models_of_one_vocabulary_give_the_bytes_of_a_merge_without_a_tokenizer(tmp_path: Path) -> None:
@@ -464,6 +466,68 @@ def test_rows_of_a_stages_result_cannot_be_moved(tmp_path: Path, three: list[Mod
     with pytest.raises(RecipeError, match="write ab to a directory of its own first"):
         staged(tmp_path, document([a, b], name="ab", tokenizer={"source": "union"}),
                document([c, "ab"], tokenizer={"source": "union"}))  # fmt: skip
+
+
+# Adapters that bring tokens.
+
+
+def with_adapter(path: Path, base: Model, added: list[str], seed: int, **config: Any) -> str:
+    """A reference to `base` with an adapter that was trained with more tokens, and has its tables whole."""
+    tokens = write_tokenizer(path / "tokenizer", list(base.tokens), added)
+    shapes = dict.fromkeys((EMBED, HEAD), (len(tokens), WIDTH))
+    tensors = {}
+    generator = torch.Generator().manual_seed(seed)
+    for name, shape in shapes.items():
+        tensors[f"base_model.model.{name}"] = torch.randn(shape, generator=generator)
+    write_adapter(path / "adapter", {"model.layers.0.mlp.up_proj.weight": (8, WIDTH)}, seed=seed)
+    saved = load_file(path / "adapter" / "adapter_model.safetensors")
+    save_file(saved | tensors, path / "adapter" / "adapter_model.safetensors")
+    for file in (path / "tokenizer").iterdir():
+        file.rename(path / "adapter" / file.name)
+    return f"{base.path}+{path / 'adapter'}"
+
+
+def test_an_adapters_own_tokenizer_goes_along(tmp_path: Path) -> None:
+    # mergekit's issue 548: a base with its adapter folded in lost the tokens it was trained with.
+    base = make_model(tmp_path / "base", WORDS, seed=1, names=(EMBED, HEAD))
+    model = with_adapter(tmp_path / "lora", base, ["<|im|>"], 2)
+    recipe = write_recipe(tmp_path / "r.yaml", "passthrough", [model])
+    streammerge.merge(recipe, tmp_path / "out", compile="off", threads=1)
+    assert ids_of(tmp_path / "out")["<|im|>"] == len(WORDS)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == len(WORDS) + 1
+
+
+def test_adapters_with_tokens_of_their_own_are_merged_in_a_union(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", WORDS, seed=1, names=(EMBED, HEAD))
+    added = [["<|im|>"], ["<|x|>", "<|im|>"]]
+    references = [with_adapter(tmp_path / f"lora{i}", base, own, 5 + i) for i, own in enumerate(added)]
+    written = []
+    for i, reference in enumerate(references):
+        recipe = write_recipe(tmp_path / "w.yaml", "passthrough", [reference], dtype="float32")
+        streammerge.merge(recipe, tmp_path / f"w{i}", compile="off", threads=1)
+        written.append(str(tmp_path / f"w{i}"))
+    found = []
+    for models in (references, written):
+        recipe = write_recipe(tmp_path / "r.yaml", "linear", [str(base.path), *models], dtype="float32",
+                              parameters={"weight": 1}, tokenizer_source="union")  # fmt: skip
+        out = tmp_path / f"out{len(found)}"
+        streammerge.merge(recipe, out, compile="off", threads=1)
+        found.append((read_tensors(out), (out / "tokenizer.json").read_bytes()))
+    assert found[0] == found[1]
+
+
+def test_a_lora_of_an_embedding_whose_rows_move_is_refused(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", WORDS, seed=1, names=(EMBED, HEAD))
+    other = make_model(tmp_path / "other", ["<unk>", "first", *WORDS[1:]], seed=2, names=(EMBED, HEAD))
+    lora = write_adapter(tmp_path / "lora", {HEAD: (len(WORDS), WIDTH)})
+    recipe = write_recipe(tmp_path / "r.yaml", "linear", [f"{base.path}+{lora}", str(other.path)],
+                          parameters={"weight": 1}, tokenizer_source="union")  # fmt: skip
+    with pytest.raises(RecipeError, match=r"(?s)lm_head.*to a directory of its own first"):
+        streammerge.merge(recipe, tmp_path / "out", compile="off")
+    # Where none moves, nothing stands in the way.
+    recipe = write_recipe(tmp_path / "r.yaml", "linear", [f"{base.path}+{lora}", str(base.path)],
+                          parameters={"weight": 1}, tokenizer_source="union")  # fmt: skip
+    streammerge.merge(recipe, tmp_path / "out", compile="off")
 
 
 # Tokenizers of other kinds.
