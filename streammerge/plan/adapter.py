@@ -20,6 +20,7 @@ from typing import Any
 
 from streammerge.base.dtypes import DTYPES
 from streammerge.base.errors import InputError, UserError
+from streammerge.plan.names import vocabulary_of
 from streammerge.plan.pickled import open_model
 from streammerge.storage.checkpoint import Checkpoint, TensorSpec, leads_outside
 
@@ -146,6 +147,8 @@ class _Fitting:
     def __init__(self, adapter: Adapter, number: int, base: Mapping[str, TensorSpec]) -> None:
         self._adapter, self._number, self._base = adapter, number, base
         self._roots = sorted({name.split(".", 1)[0] for name in base if "." in name})
+        found = vocabulary_of({name: spec.shape for name, spec in base.items()})
+        self._tables = [] if found is None else found[1]
         self.changes: dict[str, Change] = {}
         self.saved: dict[str, TensorSpec] = {}
 
@@ -177,6 +180,11 @@ class _Fitting:
         ours, theirs = DTYPES[self._base[target].dtype], DTYPES[spec.dtype]
         if "quantised" in (ours.kind, theirs.kind) or (ours != theirs and "exact" in (ours.kind, theirs.kind)):
             raise _Broken(f"is stored as {theirs.name}, the base's as {ours.name}")
+        before = self._base[target].shape
+        # Tokens may have been added; a table is then longer, and nothing else is.
+        longer = target in self._tables and spec.shape[1:] == before[1:]
+        if spec.shape != before and not longer:
+            raise _Broken(f"is {list(spec.shape)}, the base's tensor is {list(before)}")
         if self.saved.setdefault(target, spec) is not spec:
             raise _Broken(f"stands there twice for {target}")
 

@@ -21,6 +21,7 @@ from streammerge.base.errors import DoesNotFit, Stopped, UserError, Verification
 from streammerge.base.units import format_size
 from streammerge.kernels.compiled import Cache, Run, Signature
 from streammerge.kernels.contract import Program
+from streammerge.plan.adapter import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from streammerge.plan.budget import Schedule, bytes_to_read, make_schedule
 from streammerge.plan.layout import DEFAULT_SHARD_BYTES, index_file
 from streammerge.plan.plan import Plan, build_plan
@@ -29,7 +30,7 @@ from streammerge.plan.tensor import TensorPlan
 from streammerge.run.arena import Arena
 from streammerge.run.check import verify, verify_inputs
 from streammerge.run.compiling import Compile, consider
-from streammerge.run.configuration import architecture
+from streammerge.run.configuration import CONFIG_NAME, architecture
 from streammerge.run.engine import Engine
 from streammerge.run.estimate import estimate_seconds
 from streammerge.run.gpu import CudaLane, choose_device
@@ -127,6 +128,14 @@ def plan_recipe(recipe: Recipe, options: Options, note: Callable[[str], None] = 
         recipe, models, checkpoints, seed=options.seed, shard_bytes=options.shard_bytes, strict=options.strict,
         sequential=options.rng == "mergekit",
     )  # fmt: skip
+    told = [
+        f"{model.reference} is an adapter, and its matrices are merged as they are; to merge the model that it makes, "
+        f"write base+adapter"
+        for model in models
+        if (checkpoints[model.checkpoint].path / ADAPTER_CONFIG_NAME).exists()
+        and not (checkpoints[model.checkpoint].path / CONFIG_NAME).exists()
+    ]
+    made = replace(made, warnings=(*made.warnings, *told))
     kinds = {
         model.reference: kind for model in models if (kind := architecture(checkpoints[model.checkpoint])) is not None
     }

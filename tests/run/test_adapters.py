@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import streammerge
 from streammerge.base.errors import InputError, StreamMergeError, UserError
+from streammerge.run.merge import Options, make_plan
 from tests.methods.cases import FORMS, model_count, usual
 from tests.models import make_tensors, save_model, write_recipe
 from tests.study.tiny import make_model
@@ -389,6 +390,19 @@ def test_half_an_adapter_is_an_error(broken: Broken) -> None:
 def test_a_saved_tensor_that_the_base_does_not_have_is_an_error(broken: Broken) -> None:
     broken.tensors["base_model.model.score.modules_to_save.weight"] = torch.zeros(3)
     assert "score.modules_to_save.weight is of no tensor of the base" in broken.refusal()
+
+
+def test_a_saved_tensor_of_another_shape_is_an_error(broken: Broken) -> None:
+    # Only tables of tokens may be longer.
+    broken.tensors["base_model.model.even.modules_to_save.weight"] = torch.zeros(641, 256)
+    assert "is [641, 256], the base's tensor is [640, 256]" in broken.refusal()
+
+
+def test_an_adapter_named_as_a_model_is_told_of(tmp_path: Path) -> None:
+    adapters = [write_adapter(tmp_path / f"lora{seed}", {"a.weight": (8, 8)}, seed=seed) for seed in range(2)]
+    recipe = write_recipe(tmp_path / "r.yaml", "linear", adapters, parameters={"weight": 1})
+    first, _ = make_plan(recipe, Options()).warnings
+    assert "is an adapter, and its matrices are merged as they are" in first
 
 
 @pytest.mark.parametrize("pattern", ["(a+)+b", ".*.*.*.*x", "(", "(a|aa)*b", "a?" * 30])
