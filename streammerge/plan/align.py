@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from streammerge.base.dtypes import DTYPES
 from streammerge.base.errors import RecipeError
-from streammerge.plan.gather import Aligned, Gathered, Read
+from streammerge.plan.gather import Aligned, Gathered, Read, rows_of
 from streammerge.plan.names import vocabulary_of
+from streammerge.plan.places import shorten
 from streammerge.plan.recipe import Stage
 from streammerge.plan.tokenizer import Tokenizer
 from streammerge.plan.view import Folded, Operand, View
@@ -32,8 +34,22 @@ def align(stage: Stage, views: Mapping[str, View], where: Path) -> InOneVocabula
     Raises RecipeError, with everything that is wrong.
     """
     if stage.tokenizer is None:
-        return InOneVocabulary(views, views[stage.donor].vocabulary)
+        unlike = _unlike(stage, views)
+        return InOneVocabulary(views, views[stage.donor].vocabulary, [unlike] if unlike else [])
     return _Alignment(stage, stage.tokenizer, views, where).run()
+
+
+def _unlike(stage: Stage, views: Mapping[str, View]) -> str | None:
+    """A sentence where models whose tokenizers are known give tokens other ids, and nothing is done about it."""
+    donor = views[stage.donor].vocabulary
+    others = [(name, views[name].vocabulary) for name in stage.inputs]
+    unlike = [name for name, own in others if donor is not None and own is not None and not own.agrees_with(donor)]
+    if not unlike:
+        return None
+    return (
+        f"{', '.join(unlike)} and {stage.donor} give tokens other ids, and their rows are merged as they lie: add  "
+        f"tokenizer: {{source: union}}  to the recipe"
+    )
 
 
 class _Alignment:
@@ -46,7 +62,7 @@ class _Alignment:
         self._problems: list[str] = []
 
     def run(self) -> InOneVocabulary:
-        tables: dict[str, tuple[int, list[str]]] = {}
+        tables: dict[str, dict[str, int]] = {}
         for name in self._stage.inputs:
             found = vocabulary_of({each: tensor.shape for each, tensor in self._views[name].tensors.items()})
             if found is not None:
@@ -54,18 +70,22 @@ class _Alignment:
         if self._source not in tables:
             self._problems.append(f"tokenizer: {self._source} has no token embedding that is known here")
             raise self._error()
-        models = self._vocabularies({name: rows for name, (rows, _) in tables.items()})
+        models = self._vocabularies({name: next(iter(found.values())) for name, found in tables.items()})
         joined, warnings = join(self._chosen, models, self._source)
         self._warnings += warnings
-        bases = [part.base.model for module in self._stage.modules for part in module.slices if part.base is not None]
-        base = bases[0] if bases and bases[0] in models else None
-        aligned = Aligned(models, joined, self._chosen, base=base, source=self._source, rows=tables[self._source][0])
+        aligned = Aligned(models, joined, self._chosen, base=self._stage.base, source=self._source,
+                          tables=tables[self._source])  # fmt: skip
         changed: dict[str, dict[str, Operand]] = {name: {} for name in models}
-        for tensor in dict.fromkeys(name for _, names in tables.values() for name in names):
+        for tensor in dict.fromkeys(name for found in tables.values() for name in found):
             for name, operand in self._gather(tensor, list(models), aligned).items():
                 changed[name][tensor] = operand
         self._warnings += aligned.warnings
         self._problems += aligned.problems
+        self._problems += [
+            f"tokenizer.tokens.{token}: {rule.source.model} has no tensor with a row for it"
+            for token, rule in self._chosen.rules.items()
+            if rule.source is not None and token not in aligned.used_rules and not aligned.problems
+        ]
         if self._problems:
             raise self._error()
         made = {
@@ -96,12 +116,12 @@ class _Alignment:
     def _gather(self, tensor: str, models: list[str], aligned: Aligned) -> dict[str, Operand]:
         """One tensor of all models that have it."""
         operands = {name: own for name in models if (own := self._views[name].tensors.get(tensor)) is not None}
-        if len({own.shape[1:] for own in operands.values()}) > 1:
+        reads = {name: _as_read(own) for name, own in operands.items()}
+        if len({math.prod(read.shape) // max(1, rows_of(read)) for read in reads.values()}) > 1:
             # Of different widths: said where shapes are compared.
             return {}
-        reads = {name: _as_read(own) for name, own in operands.items()}
         found: dict[str, Operand] = {}
-        for name, gathered in aligned.gather(reads).items():
+        for name, gathered in aligned.gather(tensor, reads).items():
             if isinstance(gathered, Read):
                 continue
             taken = [list(reads)[number] for number in gathered.used] or [name]
@@ -118,7 +138,7 @@ class _Alignment:
 
     def _error(self) -> RecipeError:
         where = "" if self._stage.name is None else f"stage {self._stage.name}: "
-        return RecipeError(str(self._where), [where + problem for problem in self._problems])
+        return RecipeError(str(self._where), [where + problem for problem in shorten(self._problems)])
 
 
 def _as_read(operand: Operand) -> Read:

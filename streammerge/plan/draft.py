@@ -188,7 +188,10 @@ class _Drafting:
         rows_differ = all(len({shape[1:] for shape in found}) == 1 for _, found in wrong)
         advice = (
             "These look like vocabularies: add  tokenizer: {source: union}  to the recipe."
-            if rows_differ and any(word in place.name for word in ("embed", "wte", "lm_head"))
+            if rows_differ
+            and self._stage.tokenizer is None
+            and any(word in place.name for word in ("embed", "wte", "lm_head"))
+            and "position" not in place.name
             else "Are these models of one architecture and size?"
         )
         return (

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import xxhash
 
 from streammerge.base.dtypes import DTYPES, promote
-from streammerge.plan.tokenizer import Tokenizer
+from streammerge.plan.tokenizer import RowSource, Tokenizer, TokenRule
 from streammerge.plan.vocab import Vocabulary, listed
 from streammerge.storage.checkpoint import TensorSpec
 
@@ -59,6 +59,11 @@ class Read:
         return [self.checkpoint, self.spec.name]
 
 
+def rows_of(read: Read) -> int:
+    """How many tokens a tensor has a row for: its first dimension, or where that is 1 its last."""
+    return read.shape[-1] if read.shape[0] == 1 else read.shape[0]
+
+
 @dataclass(frozen=True, eq=False)
 class Gathered:
     """Rows of `parts`, in the order of the output's vocabulary, as numbers of `dtype`, which holds those of all parts.
@@ -78,7 +83,7 @@ class Gathered:
     @property
     def width(self) -> int:
         """The elements of a row."""
-        return math.prod(self.shape[1:])
+        return math.prod(self.shape) // int(self.starts[-1])
 
     @cached_property
     def used(self) -> set[int]:
@@ -109,131 +114,178 @@ class Aligned:
     """
 
     def __init__(self, models: Mapping[str, Vocabulary], joined: Vocabulary, chosen: Tokenizer, *, base: str | None,
-                 source: str, rows: int) -> None:  # fmt: skip
-        """`rows` are those of `source`'s embedding."""
+                 source: str, tables: Mapping[str, int]) -> None:  # fmt: skip
+        """`tables` are the numbers of rows of `source`'s tensors, the embedding first."""
         self._models, self._chosen, self._base, self._source = models, chosen, base, source
+        self._joined, self._tables = joined, tables
         self._tokens = list(joined.ids)
         self._places = np.fromiter(joined.ids.values(), np.int64, len(joined.ids))
-        count = int(self._places.max(initial=-1)) + 1
-        multiple = chosen.multiple
-        self.rows = max(count, rows) if multiple is None else -(-count // multiple) * multiple
-        self._joined = joined
+        # For every model the row of each of the output's tokens; −1 where it has none.
+        self._rows = {
+            name: np.array([own.ids.get(token, -1) for token in self._tokens], np.int64)
+            for name, own in models.items()
+        }  # fmt: skip
         self.warnings: list[str] = []
         self.problems: list[str] = []
-        # For every model the row of each of the output's tokens, by the token's place; −1 where it has none.
-        self._own = {name: self._rows_of(own) for name, own in models.items()}
-        self._has_token = np.zeros(self.rows, bool)
-        self._has_token[self._places] = True
+        # Tokens whose rules named a model that has a row for them.
+        self.used_rules: set[str] = set()
 
-    def gather(self, tensors: Mapping[str, Read]) -> dict[str, Read | Gathered]:
-        """One tensor as the models have it (all of one width), in the output's vocabulary."""
-        parts = tuple(tensors.values())
-        numbers = {name: i for i, name in enumerate(tensors)}
-        own = np.stack([
-            np.where(self._own[name] < read.shape[0], self._own[name], -1) for name, read in tensors.items()
-        ])  # fmt: skip
-        means: list[tuple[tuple[int, int], ...]] = []
-        owners, rows = self._defaults(own, numbers)
-        forced = np.zeros(self.rows, bool)
-        for token, rule in self._chosen.rules.items():
-            place = self._joined.ids[token]
-            forced[place] = rule.force
-            if rule.source is not None:
-                owners[place], rows[place] = self._asked(token, rule.source.model, rule.source.token, tensors, numbers)
-        self._number_means(own, owners, rows, forced, means)
-        return {
-            name: self._of_model(number, read, parts, own[number], owners, rows, forced, means, tensors)
-            for (name, read), number in zip(tensors.items(), numbers.values(), strict=True)
-        }
+    def gather(self, table: str, tensors: Mapping[str, Read]) -> dict[str, Read | Gathered]:
+        """One table as the models have it (all of one width), in the output's vocabulary."""
+        rows = self._length(table)
+        return _Gathering(self, tensors, rows).run()
 
-    def _rows_of(self, vocabulary: Vocabulary) -> Numbers:
-        found = np.full(self.rows, -1, np.int64)
-        ids = vocabulary.ids
-        found[self._places] = [ids.get(token, -1) for token in self._tokens]
+    def _length(self, table: str) -> int:
+        """How many rows a table has in the output."""
+        count = int(self._places.max()) + 1
+        embedding, *_ = self._tables.values()
+        before = self._tables.get(table, embedding)
+        multiple = self._chosen.multiple
+        if multiple is None and (count <= before or count <= max(self._models[self._source].ids.values()) + 1):
+            return before
+        if before != embedding:
+            name = next(iter(self._tables))
+            self._tell(
+                self.problems,
+                f"tensor {table!r} of {self._source} has {before} rows, and {name!r} has {embedding}: how more tokens "
+                f"would be put in both is not known here",
+            )
+        return count if multiple is None else -(-count // multiple) * multiple
+
+    def own_rows(self, model: str, rows: int, limit: int) -> Numbers:
+        """For each of so many rows of the output, the row that a model has in a table of `limit` rows, or −1."""
+        found = np.full(rows, -1, np.int64)
+        inside = self._places < rows
+        own = self._rows[model][inside]
+        found[self._places[inside]] = np.where(own < limit, own, -1)
         return found
 
-    def _defaults(self, own: Numbers, numbers: Mapping[str, int]) -> tuple[Numbers, Numbers]:
-        """Owner and row of every token in models that lack it."""
-        having = own >= 0
-        counts = having.sum(0)
-        owners = np.where(counts == 1, having.argmax(0), np.where(counts > 1, MEAN, ZERO)).astype(np.int64)
-        if self._base is not None and self._base in numbers:
-            owners = np.where(having[numbers[self._base]], numbers[self._base], owners)
-        rows = np.where(owners >= 0, np.take_along_axis(own, np.maximum(owners, 0)[None], 0)[0], 0)
-        lost = [
-            token
-            for token, place in self._joined.ids.items()
-            if counts[place] == 0 and (token not in self._chosen.rules or self._chosen.rules[token].source is None)
-        ]
-        if lost:
-            sentence = f"tokenizer: no model has a row for {listed(lost)}: zeros"
-            self.warnings += [sentence] if sentence not in self.warnings else []
-        return owners, rows
+    def with_token(self, rows: int) -> npt.NDArray[np.bool_]:
+        """Which of so many rows are of a token."""
+        found = np.zeros(rows, bool)
+        found[self._places[self._places < rows]] = True
+        return found
 
-    def _asked(self, token: str, model: str | None, other: str | int | None, tensors: Mapping[str, Read],
-               numbers: Mapping[str, int]) -> tuple[int, int]:  # fmt: skip
+    def rules(self, rows: int) -> list[tuple[int, str, TokenRule]]:
+        """The rules by row."""
+        found = [(self._joined.ids[token], token, rule) for token, rule in self._chosen.rules.items()]
+        return [each for each in found if each[0] < rows]
+
+    def asked(self, token: str, source: RowSource, tensors: Mapping[str, Read]) -> tuple[int, int]:
         """Owner and row that the recipe names for a token."""
-        if model is None:
+        model, wanted = source.model, token if source.token is None else source.token
+        if model is None or model not in tensors:
+            # Or this tensor is in other models only.
+            self.used_rules |= {token} if model is None else set()
             return ZERO, 0
-        wanted = token if other is None else other
-        if model not in tensors:
-            # This tensor is in other models only.
-            return ZERO, 0
-        count = tensors[model].shape[0]
+        self.used_rules.add(token)
+        count = rows_of(tensors[model])
         row = wanted if isinstance(wanted, int) else self._models[model].ids.get(wanted, -1)
         if not 0 <= row < count:
             what = f"row {row}: it has {count}" if isinstance(wanted, int) else f"token {wanted!r}"
-            sentence = f"tokenizer.tokens.{token}: {model} has no {what}"
-            self.problems += [sentence] if sentence not in self.problems else []
+            self._tell(self.problems, f"tokenizer.tokens.{token}: {model} has no {what}")
             return ZERO, 0
-        return numbers[model], row
+        return list(tensors).index(model), row
 
-    def _number_means(self, own: Numbers, owners: Numbers, rows: Numbers, forced: npt.NDArray[np.bool_],
-                      means: list[tuple[tuple[int, int], ...]]) -> None:  # fmt: skip
-        """Say of what each mean is that some model needs."""
-        needed = (owners == MEAN) & ((own < 0).any(0) | forced)
-        for place in np.flatnonzero(needed).tolist():
-            rows[place] = len(means)
-            means.append(tuple((number, int(row)) for number, row in enumerate(own[:, place]) if row >= 0))
+    def lost(self, having: npt.NDArray[np.int64]) -> None:
+        """Warn of tokens that no model has a row for, by how many have one for each row."""
+        named = {token for _, token, rule in self.rules(len(having)) if rule.source is not None}
+        inside = [(token, place) for token, place in self._joined.ids.items() if place < len(having)]
+        lost = [token for token, place in inside if having[place] == 0 and token not in named]
+        if lost:
+            self._tell(self.warnings, f"tokenizer: no model has a row for {listed(lost)}: zeros")
 
-    def _of_model(self, number: int, read: Read, parts: tuple[Read, ...], own: Numbers, owners: Numbers, rows: Numbers,
-                  forced: npt.NDArray[np.bool_], means: list[tuple[tuple[int, int], ...]],
-                  tensors: Mapping[str, Read]) -> Read | Gathered:  # fmt: skip
+    @property
+    def base(self) -> str | None:
+        return self._base
+
+    @property
+    def source(self) -> str:
+        return self._source
+
+    def vocabulary(self, model: str) -> Vocabulary:
+        return self._models[model]
+
+    @staticmethod
+    def _tell(where: list[str], sentence: str) -> None:
+        if sentence not in where:
+            where.append(sentence)
+
+
+class _Gathering:
+    """The work on one table."""
+
+    def __init__(self, aligned: Aligned, tensors: Mapping[str, Read], rows: int) -> None:
+        self._aligned, self._tensors, self._rows = aligned, tensors, rows
+        self._parts = tuple(tensors.values())
+        self._own = np.stack([aligned.own_rows(name, rows, rows_of(read)) for name, read in tensors.items()])
+        self._means: list[tuple[tuple[int, int], ...]] = []
+
+    def run(self) -> dict[str, Read | Gathered]:
+        owners, rows = self._defaults()
+        forced = np.zeros(self._rows, bool)
+        for place, token, rule in self._aligned.rules(self._rows):
+            forced[place] = rule.force
+            if rule.source is not None:
+                owners[place], rows[place] = self._aligned.asked(token, rule.source, self._tensors)
+        for place in np.flatnonzero((owners == MEAN) & ((self._own < 0).any(0) | forced)).tolist():
+            rows[place] = len(self._means)
+            having = enumerate(self._own[:, place].tolist())
+            self._means.append(tuple((number, row) for number, row in having if row >= 0))
+        return {
+            name: self._of_model(number, name, owners, rows, forced) for number, name in enumerate(self._tensors)
+        }  # fmt: skip
+
+    def _defaults(self) -> tuple[Numbers, Numbers]:
+        """Owner and row of every token in models that lack it."""
+        having, names = self._own >= 0, list(self._tensors)
+        counts = having.sum(0)
+        owners = np.where(counts == 1, having.argmax(0), np.where(counts > 1, MEAN, ZERO)).astype(np.int64)
+        if self._aligned.base in names:
+            base = names.index(self._aligned.base)
+            owners = np.where(having[base], base, owners)
+        rows = np.where(owners >= 0, np.take_along_axis(self._own, np.maximum(owners, 0)[None], 0)[0], 0)
+        self._aligned.lost(counts)
+        return owners, rows
+
+    def _of_model(self, number: int, name: str, owners: Numbers, rows: Numbers,
+                  forced: npt.NDArray[np.bool_]) -> Read | Gathered:  # fmt: skip
+        read, own = self._tensors[name], self._own[number]
         mine = (own >= 0) & ~forced
         owners, rows = np.where(mine, number, owners), np.where(mine, own, rows)
-        self._fill(number, read, own, owners, rows, means, tensors)
-        if len(owners) == read.shape[0] and (owners == number).all() and (rows == np.arange(len(rows))).all():
+        self._fill(number, owners, rows)
+        if self._rows == rows_of(read) and (owners == number).all() and (rows == np.arange(self._rows)).all():
             return read
         goes_on = (owners[1:] == owners[:-1]) & (rows[1:] == rows[:-1] + (owners[1:] >= 0))
         begins = np.flatnonzero(np.concatenate([[True], ~goes_on]))
-        starts = np.append(begins, len(owners))
         used = set(owners.tolist())
-        dtypes = [parts[owner].dtype for owner in used if owner >= 0] or [read.dtype]
+        dtypes = [self._parts[owner].dtype for owner in used if owner >= 0] or [read.dtype]
         if MEAN in used:
             # A mean of numbers is seldom one of their dtype.
-            dtypes += [parts[part].dtype for mean in means for part, _ in mean] + ["F32"]
-        return Gathered(promote(dtypes), (self.rows, *read.shape[1:]), parts, starts, owners[begins], rows[begins],
-                        tuple(means))  # fmt: skip
+            dtypes += [self._parts[part].dtype for mean in self._means for part, _ in mean] + ["F32"]
+        shape = (*read.shape[:-1], self._rows) if read.shape[0] == 1 else (self._rows, *read.shape[1:])
+        return Gathered(promote(dtypes), shape, self._parts, np.append(begins, self._rows), owners[begins],
+                        rows[begins], tuple(self._means))  # fmt: skip
 
-    def _fill(self, number: int, read: Read, own: Numbers, owners: Numbers, rows: Numbers,
-              means: list[tuple[tuple[int, int], ...]], tensors: Mapping[str, Read]) -> None:  # fmt: skip
+    def _fill(self, number: int, owners: Numbers, rows: Numbers) -> None:
         """The rows without a token."""
-        names = list(tensors)
-        left = ~self._has_token
-        for owner in dict.fromkeys([number, *(i for i, name in enumerate(names) if name == self._source)]):
-            vocabulary, count = self._models[names[owner]], tensors[names[owner]].shape[0]
-            free = np.ones(self.rows, bool)
-            free[count:] = False
+        left, names = ~self._aligned.with_token(self._rows), list(self._tensors)
+        source = [names.index(self._aligned.source)] if self._aligned.source in names else []
+        for owner in dict.fromkeys([number, *source]):
+            free = np.ones(self._rows, bool)
+            free[rows_of(self._parts[owner]) :] = False
+            vocabulary = self._aligned.vocabulary(names[owner])
             taken = np.fromiter(vocabulary.ids.values(), np.int64, len(vocabulary.ids))
-            free[taken[taken < self.rows]] = False
+            free[taken[taken < self._rows]] = False
             here = left & free
             owners[here], rows[here] = owner, np.flatnonzero(here)
             left &= ~here
-        if left.any():
-            known = own[own >= 0]
-            if len(known) == 0:
-                owners[left], rows[left] = ZERO, 0
-                return
-            spread = known[np.linspace(0, len(known) - 1, min(_SPREAD, len(known))).astype(np.int64)]
-            owners[left], rows[left] = MEAN, len(means)
-            means.append(tuple((number, int(row)) for row in spread))
+        known = self._own[number][self._own[number] >= 0]
+        if not left.any():
+            return
+        if len(known) == 0:
+            owners[left], rows[left] = ZERO, 0
+            return
+        spread = known[np.linspace(0, len(known) - 1, min(_SPREAD, len(known))).astype(np.int64)]
+        owners[left], rows[left] = MEAN, len(self._means)
+        self._means.append(tuple((number, int(row)) for row in spread))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 # The first number between dots, or at the start, counts the layers: model.layers.3.mlp.experts.5 is layer 3.
 _LAYER = re.compile(r"(?:^|(?P<stack>.*?)\.)(?P<index>\d{1,9})\.")
 # Words of tensors that come before the first layer; all others outside the layers come after the last.
-_FRONT = re.compile(r"(^|[._])(embed(?!_out)|embeddings?|wte|wpe|patch|conv1|conv2)|^shared\.")
+_FRONT = re.compile(r"(^|[._])(embed(?!_out)|embeddings?|wte|wpe|patch|conv1|conv2)|(^|\.)shared\.weight$")
 
 # Names of experts on disk, and in models of transformers 5, where the experts of a layer are one tensor.
 _EXPERT = re.compile(r"\.experts\.\d+\.(w1|w3|w2|gate_proj|up_proj|down_proj)\.weight$")
@@ -77,7 +77,13 @@ def _in_transformers(name: str) -> str:
 _HEADS = ("lm_head.weight", "embed_out.weight")
 _EMBEDDINGS = (
     "embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight",
+    "shared.weight",
 )  # fmt: skip
+# What has a row for every token wherever it stands, whatever its length.
+_OF_TOKENS = re.compile(
+    r"(^|[._])(embed_tokens(_per_layer)?|wte|embed_in|word_embeddings|tok_embeddings|lm_head|embed_out|shared_head\.head)"
+    r"\.weight$|(^|\.)shared\.weight$"
+)
 # What has a row for every position or layer, and not for every token, however many there are.
 _NOT_OF_TOKENS = re.compile(r"position|wpe|norm|(^|[._])ln(_|\.|\d)|token_type|type_embed|vision|visual|audio|patch")
 # What a model can work out for itself, and older programs saved nevertheless.
@@ -96,25 +102,30 @@ def embedding_of(names: Iterable[str]) -> str | None:
     return _only(names, _EMBEDDINGS)
 
 
-def vocabulary_of(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, list[str]] | None:
-    """How many rows a model's token embedding has, and all tensors with a row for every token; None without one.
+def vocabulary_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int] | None:
+    """All tensors with a row for every token, the embedding first, with their numbers of rows; None without one.
 
-    Those are the embedding and the head, and whatever else outside the layers is as long, as a head's bias.
+    Those are embeddings and heads, also where layers have some of their own, and whatever else outside the layers is as
+    long, as a head's bias. A tensor of one row, as long as that, counts as rows of one element.
     """
-    outside = {name: shape for name, shape in shapes.items() if shape and layer_of(name) is None}
+    tables = {name: _rows(shape) for name, shape in shapes.items() if shape and _NOT_OF_TOKENS.search(name) is None}
+    outside = [name for name in tables if layer_of(name) is None]
     embedding = embedding_of(outside)
     if embedding is None:
-        tables = [name for name, shape in outside.items() if len(shape) == 2 and _may_be_of_tokens(name, front=True)]
-        embedding = max(tables, key=lambda name: outside[name][0], default=None)
+        front = [name for name in outside if len(shapes[name]) == 2 and is_front(name)]
+        embedding = max(front, key=lambda name: tables[name], default=None)
     if embedding is None:
         return None
-    rows, head = outside[embedding][0], head_of(outside)
-    found = [name for name, shape in outside.items() if name == head or (shape[0] == rows and _may_be_of_tokens(name))]
-    return rows, found
+    lengths = {tables[name] for name in (embedding, head_of(outside)) if name is not None}
+    found = [
+        name for name, rows in tables.items()
+        if _OF_TOKENS.search(name) or (rows in lengths and layer_of(name) is None)
+    ]  # fmt: skip
+    return {name: tables[name] for name in dict.fromkeys((embedding, *found))}
 
 
-def _may_be_of_tokens(name: str, *, front: bool = False) -> bool:
-    return _NOT_OF_TOKENS.search(name) is None and (is_front(name) or not front)
+def _rows(shape: tuple[int, ...]) -> int:
+    return shape[-1] if shape[0] == 1 else shape[0]
 
 
 def is_buffer(name: str) -> bool:

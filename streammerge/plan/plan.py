@@ -129,11 +129,17 @@ def build_plan(recipe: Recipe, models: Sequence[Model], checkpoints: Sequence[Ch
     settings = {name: draft.settings for name, draft in drafts.items() if isinstance(draft, Draft)}
     facts = _facts(recipe, models, checkpoints, together, settings, shards, seed)
     if vocabulary is not None:
-        facts["vocabulary"] = vocabulary.digest
+        facts["vocabulary"] = [vocabulary.digest, *_models_of(vocabulary, models)]
     if template is not None:
         facts["chat_template"] = xxhash.xxh3_128_hexdigest(template.encode("utf-8", "surrogatepass"))
     return Plan(recipe, tuple(models), tuple(checkpoints), tuple(tensors), tuple(asked), settings, result.origins, tied,
                 vocabulary, template, shards, seed, facts, (*recipe.warnings, *warnings))  # fmt: skip
+
+
+def _models_of(vocabulary: Vocabulary, models: Sequence[Model]) -> list[str]:
+    """The models whose tokenizer's files a vocabulary has."""
+    known = [(model.reference, model.vocabulary) for model in models]
+    return [name for name, own in known if own is not None and own.directory == vocabulary.directory][:1]
 
 
 def _template(recipe: Recipe, models: Sequence[Model]) -> str | None:

@@ -174,7 +174,7 @@ class Stage:
     """One document of a recipe: a merge, whose result others may use by its name.
 
     `dtype` and `out_dtype` are names of base/dtypes.py. `donor` is the model whose config it takes, and whose tokenizer
-    if there is none of its own.
+    if there is none of its own. `base` is the base model as written, whatever the method makes of it.
     """
 
     name: str | None
@@ -184,6 +184,7 @@ class Stage:
     dtype: str | None
     out_dtype: str | None
     parameters: Parameters
+    base: str | None = None
     tokenizer: Tokenizer | None = None
 
     @property
@@ -299,6 +300,13 @@ def parse_recipe(text: str, path: Path, *, strict: bool = False) -> Recipe:
         raise RecipeError(str(path), problems)
     ordered = _in_order([document for document, _ in documents], path)
     last = ordered[-1]
+    warnings += [
+        f"chat_template of the document {document.name} has no effect; write it in the one that is the output"
+        for document in ordered[:-1]
+        if document.chat_template is not None
+    ]
+    if strict and warnings:
+        raise RecipeError(str(path), warnings)
     return Recipe(
         path=path,
         text=text,
@@ -653,7 +661,7 @@ def _stage(document: _Recipe) -> Stage:
     donor = document.base_model or modules[0].slices[0].inputs[0].model
     return Stage(
         document.name, method, donor, tuple(modules), document.dtype, document.out_dtype, document.parameters,
-        _tokenizer(document),
+        document.base_model, _tokenizer(document),
     )  # fmt: skip
 
 

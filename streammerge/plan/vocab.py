@@ -5,15 +5,18 @@ converted by transformers. Nothing of a model's own code is ever run.
 
 The union keeps the ids of the first model. Then come the ordinary tokens of the others, model by model in the order of
 the recipe and by their ids, and then the tokens that are matched before any other, in the same order: the same ids on
-every run. As in mergekit, a new ordinary token has no merges: it has its row, and a text seldom becomes it.
+every run. A new ordinary token has its row, but no merges (BPE), and the lowest score (Unigram): what was known is cut
+up as before. Among whole words and pieces of them (WordLevel, WordPiece) it is used like the others. mergekit matches
+it before any other, in the midst of words, too.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +29,14 @@ from streammerge.storage.jsonfile import dump_map, parse_map, read_map, read_tex
 FILE_NAME, CONFIG_NAME, TEMPLATE_NAME = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 OTHER_TEMPLATE_NAME = "chat_template.json"
 # What a tokenizer consists of else; of a changed one these would tell of another vocabulary.
-_OTHER_FORMS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "merges.txt", "vocab.txt",
-                "added_tokens.json", "tekken.json")  # fmt: skip
-_SETTINGS = (CONFIG_NAME, "special_tokens_map.json", TEMPLATE_NAME, OTHER_TEMPLATE_NAME)
+_OTHER_FORMS = ("tokenizer.model", "tokenizer.model.v3", "spiece.model", "sentencepiece.bpe.model",
+                "sentencepiece.model", "tiktoken.model", "vocab.json", "merges.txt", "vocab.txt", "vocab.bpe",
+                "encoder.json", "added_tokens.json", "tekken.json")  # fmt: skip
+_SPECIAL_NAME = "special_tokens_map.json"
+_SETTINGS = (CONFIG_NAME, _SPECIAL_NAME, TEMPLATE_NAME, OTHER_TEMPLATE_NAME)
 _SHOWN = 3
+# So much less than the others, a logarithm of a probability is never among those of the likeliest cut.
+_NEVER = 1e4
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +45,7 @@ class Vocabulary:
 
     `added` are the tokens that are matched in a text before any other, with their properties as tokenizer.json has
     them. `text` is a tokenizer.json that is not in the directory. A vocabulary is `changed` when it is not what the
-    files say; `scores` then has those of new ordinary tokens, where tokens have scores (Unigram).
+    files say. `reserved` are ids that the model's configuration gives a meaning, whether or not they are tokens.
     """
 
     directory: Path
@@ -47,7 +54,7 @@ class Vocabulary:
     kind: str
     text: str | None = None
     changed: bool = False
-    scores: Mapping[str, float] = field(default_factory=dict)
+    reserved: frozenset[int] = frozenset()
 
     @cached_property
     def tokens(self) -> dict[int, str]:
@@ -56,9 +63,15 @@ class Vocabulary:
 
     @cached_property
     def digest(self) -> str:
-        """Equal for the same tokens under the same ids."""
-        facts = [sorted(self.ids.items(), key=lambda item: item[1]), sorted(self.added), self.changed]
+        """Equal for the same tokens under the same ids, matched alike."""
+        added = {token: dict(own) for token, own in sorted(self.added.items())}
+        facts = [sorted(self.ids.items(), key=lambda item: item[1]), added, self.changed]
         return xxhash.xxh3_128_hexdigest(json.dumps(facts).encode())
+
+    def agrees_with(self, other: Vocabulary) -> bool:
+        """Whether no token has one id here and another one there, and no id two tokens."""
+        mine, theirs = self.ids.items(), other.tokens
+        return all(other.ids.get(token, i) == i and theirs.get(i, token) == token for token, i in mine)
 
     def within(self, rows: int) -> Vocabulary:
         """Without the tokens that a table of so many rows has none for."""
@@ -76,7 +89,7 @@ def has_tokenizer(directory: Path) -> bool:
 
 def is_of_tokenizer(name: str) -> bool:
     """Whether a file of this name is part of a tokenizer."""
-    return name in (FILE_NAME, *_OTHER_FORMS, *_SETTINGS) or name.endswith(".tiktoken")
+    return name in (FILE_NAME, *_SETTINGS) or is_other_form(name)
 
 
 def load_vocabulary(directory: Path) -> Vocabulary | None:
@@ -104,10 +117,14 @@ def load_vocabulary(directory: Path) -> Vocabulary | None:
         raise
     except BaseException as error:  # noqa: BLE001 - the library panics over some files, and a panic is no Exception
         raise InputError(f"{file}: its tokenizer cannot be loaded: {_brief(error)}.") from None
+    taken = set(ids.values())
     for number, own in _told(directory):
         token = own.pop("content")
-        if token not in ids and number not in ids.values():
+        if token not in ids and number not in taken:
             ids[token], added[token] = number, own
+            taken.add(number)
+    if not ids:
+        raise InputError(f"{file}: its tokenizer has no tokens.")
     return Vocabulary(directory, dict(sorted(ids.items(), key=lambda item: item[1])), added, kind, text)
 
 
@@ -119,8 +136,8 @@ def template_of(directory: Path) -> str | None:
     for name in (OTHER_TEMPLATE_NAME, CONFIG_NAME):
         found = read_map(directory / name).get("chat_template")
         if isinstance(found, list):
-            named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-            found = named.get("default")
+            usual = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
+            found = usual[0].get("template") if usual else None
         if isinstance(found, str):
             return found
     return None
@@ -133,36 +150,32 @@ def join(chosen: Tokenizer, models: Mapping[str, Vocabulary], source: str) -> tu
     `source` names the one that is kept, to which the others add their own if it is a union.
     """
     first = models[source]
-    ids, added, scores = dict(first.ids), {token: dict(own) for token, own in first.added.items()}, dict(first.scores)
+    ids, added = dict(first.ids), {token: dict(own) for token, own in first.added.items()}
+    union = chosen.source == "union"
     warnings = []
-    last = max(ids.values(), default=-1)
-    if chosen.source == "union":
-        if strange := [f"{name} ({own.kind})" for name, own in models.items() if own.kind != first.kind]:
-            warnings.append(f"tokenizer: {', '.join(strange)} and {source} ({first.kind}) cut texts up in different "
-                            f"ways: tokens of the same name may mean different things")  # fmt: skip
-        for own in models.values():
-            ordinary = [token for token in own.ids if token not in ids and token not in own.added]
-            ids.update((token, last + 1 + i) for i, token in enumerate(ordinary))
-            last += len(ordinary)
-            if ordinary and first.kind == "Unigram":
-                known = _scores(own)
-                scores |= {token: known[token] for token in ordinary if token in known}
-    asked = [token for token in chosen.rules if token not in ids]
+    if union and (strange := [f"{name} ({own.kind})" for name, own in models.items() if own.kind != first.kind]):
+        warnings.append(f"tokenizer: {', '.join(strange)} and {source} ({first.kind}) cut texts up in different "
+                        f"ways: tokens of the same name may mean different things")  # fmt: skip
+    free = (number for number in count(max(ids.values(), default=-1) + 1) if number not in first.reserved)
+    for own in models.values() if union else ():
+        ids |= {token: next(free) for token in own.ids if token not in ids and token not in own.added}
+    asked = {token for token in chosen.rules if token not in ids}
     for name, own in models.items():
-        for token, properties in own.added.items():
-            if token in ids:
-                if token in added and added[token] != properties:
-                    warnings.append(f"tokenizer: {token!r} is matched in another way by {name} than by {source}; "
-                                    f"the output matches it as the first of them does")  # fmt: skip
-            elif chosen.source == "union" or token in asked:
-                last += 1
-                ids[token], added[token] = last, dict(properties)
-    for token in asked:
+        matched = {token: dict(properties) for token, properties in own.added.items() if union or token in asked}
+        unlike = [token for token, properties in matched.items() if added.get(token, properties) != properties]
+        if unlike:
+            warnings.append(f"tokenizer: {listed(unlike)} {'are' if len(unlike) > 1 else 'is'} matched in another way "
+                            f"by {name} than by {source} or those before it, whose way is kept")  # fmt: skip
+        for token, properties in matched.items():
+            # A token that one model matches before any other is one of the output, also where another has it as a word.
+            added.setdefault(token, properties)
+            if token not in ids:
+                ids[token] = next(free)
+    for token in chosen.rules:
         if token not in ids:
-            last += 1
-            ids[token], added[token] = last, _properties(special=False)
-    changed = first.changed or len(ids) > len(first.ids)
-    return replace(first, ids=ids, added=added, changed=changed, scores=scores), warnings
+            ids[token], added[token] = next(free), _properties(special=False)
+    changed = first.changed or len(ids) > len(first.ids) or len(added) > len(first.added)
+    return replace(first, ids=ids, added=added, changed=changed), warnings
 
 
 def tokenizer_files(vocabulary: Vocabulary) -> dict[str, bytes]:
@@ -177,14 +190,16 @@ def tokenizer_files(vocabulary: Vocabulary) -> dict[str, bytes]:
     decoder = config.get("added_tokens_decoder")
     if isinstance(decoder, dict):
         config["added_tokens_decoder"] = {str(number): entry for number, entry in _entries(vocabulary, decoder)}
-        made[CONFIG_NAME] = dump_map(config)
+    for name, settings in ((CONFIG_NAME, config), (_SPECIAL_NAME, read_map(directory / _SPECIAL_NAME))):
+        if settings:
+            made[name] = dump_map(_without_lost(settings, vocabulary.ids))
     _check_loads(made[FILE_NAME], vocabulary, file)
     return made
 
 
 def is_other_form(name: str) -> bool:
     """Whether a file has a tokenizer in another form than tokenizer.json: of a changed vocabulary it knows nothing."""
-    return name in _OTHER_FORMS
+    return name in _OTHER_FORMS or name.endswith(".tiktoken")
 
 
 def listed(tokens: Sequence[str]) -> str:
@@ -206,10 +221,15 @@ def _told(directory: Path) -> list[tuple[int, dict[str, Any]]]:
     for number, entry in decoder.items():
         if number.isascii() and number.isdigit() and len(number) < 10 and isinstance(entry, dict):
             content = entry.get("content")
-            if isinstance(content, str):
+            if isinstance(content, str) and _is_text(content):
                 kept = {key: bool(entry.get(key)) for key in _properties(special=False)}
                 told.append((int(number), {"content": content, **kept}))
     return sorted(told, key=lambda item: item[0])
+
+
+def _is_text(content: str) -> bool:
+    """Whether no half of a character is in it."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in content)
 
 
 def _converted(directory: Path) -> str:
@@ -234,12 +254,6 @@ def _brief(error: BaseException) -> str:
     return text.rstrip(".")[:300]
 
 
-def _scores(vocabulary: Vocabulary) -> dict[str, float]:
-    """The scores of a Unigram vocabulary's tokens; none of any other kind."""
-    pieces = _content(vocabulary)["model"].get("vocab")
-    return {piece: float(score) for piece, score in pieces} if isinstance(pieces, list) else {}
-
-
 def _content(vocabulary: Vocabulary) -> dict[str, Any]:
     """The tokenizer.json that a vocabulary was read from."""
     file = vocabulary.directory / FILE_NAME
@@ -256,10 +270,11 @@ def _set_tokens(content: dict[str, Any], vocabulary: Vocabulary, file: Path) -> 
         if gone and isinstance(model.get("merges"), list):
             model["merges"] = [merge for merge in model["merges"] if not _is_of(merge, gone)]
     elif isinstance(model.get("vocab"), list):
-        known = dict(model["vocab"]) | dict(vocabulary.scores)
+        known = dict(model["vocab"])
+        lowest = min(known.values(), default=0.0) - _NEVER
         if sorted(ids.values()) != list(range(len(ids))):
             raise InputError(f"{file}: ids without a token lie between its others; such a one cannot be extended.")
-        model["vocab"] = [[token, known.get(token, 0.0)] for token in ids]
+        model["vocab"] = [[token, known.get(token, lowest)] for token in ids]
     else:
         raise InputError(f"{file}: a vocabulary of this kind ({model.get('type')}) cannot be extended.")
     entries = [
@@ -280,9 +295,24 @@ def _is_of(merge: Any, tokens: Collection[str]) -> bool:
     return any(part in tokens for part in (*parts, "".join(parts)))
 
 
+def _without_lost(settings: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, Any]:
+    """Settings of a tokenizer without special tokens that are none any more: a loader would add them again."""
+
+    def known(value: Any) -> bool:
+        token = value.get("content") if isinstance(value, dict) else value
+        return not isinstance(token, str) or token in ids
+
+    kept = {key: value for key, value in settings.items() if not key.endswith("_token") or known(value)}
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        if isinstance(kept.get(key), list):
+            kept[key] = [value for value in kept[key] if known(value)]
+    return kept
+
+
 def _entries(vocabulary: Vocabulary, before: Mapping[str, Any]) -> list[tuple[int, Any]]:
     """The added tokens as tokenizer_config.json has them, by id."""
-    kept = {entry["content"]: entry for entry in before.values() if isinstance(entry, dict) and "content" in entry}
+    entries_before = [entry for entry in before.values() if isinstance(entry, dict)]
+    kept = {entry["content"]: entry for entry in entries_before if isinstance(entry.get("content"), str)}
     entries = [
         (vocabulary.ids[token], kept.get(token, {"content": token, **own})) for token, own in vocabulary.added.items()
     ]

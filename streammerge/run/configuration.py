@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,11 @@ _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "deco
 
 
 # Keys whose values are ids of tokens.
-_TOKEN_IDS = re.compile(r"(^|_)token_(ids?|index)$")
+_TOKEN_IDS = re.compile(
+    r"(^|_)token_(ids?|index)$|^((begin_)?suppress_tokens|bad_words_ids|force_words_ids|forced_decoder_ids)$"
+)
+# The one with pairs of a position and an id.
+_PAIRS = "forced_decoder_ids"
 
 
 def output_config(plan: Plan, file: Path) -> bytes:
@@ -110,55 +114,107 @@ def _set_layers(plan: Plan, config: dict[str, Any]) -> bool:
 
 
 def _set_vocabulary(plan: Plan, config: dict[str, Any]) -> bool:
-    """Where the embedding has other rows than the donor's: by the recipe's tokenizer, or an adapter's own tokens."""
-    tensors = {name: spec.shape for name, spec in plan.checkpoints[0].tensors.items()}
-    found = vocabulary_of(tensors)
-    if found is None:
-        return False
-    before, names = found
-    rows = next((tensor.shape[0] for tensor in plan.tensors if tensor.name in names), before)
-    if rows == before:
+    """Where tables of tokens have other rows than the donor's: by the recipe's tokenizer, or an adapter's tokens."""
+    shapes = {name: spec.shape for name, spec in plan.checkpoints[0].tensors.items()}
+    made = vocabulary_of({tensor.name: tensor.shape for tensor in plan.tensors}) or {}
+    before = vocabulary_of(shapes) or {}
+    rows = {before[name]: made[name] for name in reversed(before) if name in made and before[name] != made[name]}
+    if not rows:
         return False
     changed = False
     for path in _maps(config):
         own = _at(config, path)
-        for key in [key for key, value in own.items() if "vocab_size" in key and value == before]:
-            own[key] = rows
+        for key in [key for key, value in own.items() if "vocab_size" in key and value in rows]:
+            own[key] = rows[own[key]]
             changed = True
-    return changed
+    if not changed:
+        # It goes without saying there, by the class's default, which now is another number.
+        inner = config.get("text_config")
+        (inner if isinstance(inner, dict) else config)["vocab_size"] = next(reversed(rows.values()))
+    return True
 
 
 def _set_token_ids(plan: Plan, config: dict[str, Any], name: str) -> bool:
     """Where special tokens have other ids than in the donor: those that the tokenizer's model says, or else the same
     tokens' new ones. `name` is the file's."""
+    changed = False
+    for path, key, new in _token_ids(plan, config, name):
+        own = _at(config, path)
+        changed |= own[key] != new
+        own[key] = new
+    return changed
+
+
+def lost_tokens(plan: Plan) -> list[str]:
+    """A sentence for each key of the configurations whose token is none of the output's."""
+    lost = []
+    for name in (CONFIG_NAME, GENERATION_NAME):
+        config = read_map(plan.checkpoints[0].directory / name)
+        for path, key, new in _token_ids(plan, config, name):
+            if new is None and _at(config, path)[key] is not None:
+                full = ".".join((*path, key))
+                lost.append(f"{name}: what {full} names is no token of the output; it becomes null")
+    return lost
+
+
+def reserved_ids(directory: Path) -> frozenset[int]:
+    """The ids that a model's configurations give a meaning."""
+    found: set[int] = set()
+    for name in (CONFIG_NAME, GENERATION_NAME):
+        config = read_map(directory / name)
+        for path in _maps(config):
+            for key, value in _at(config, path).items():
+                if _TOKEN_IDS.search(key):
+                    found |= {each for each in _numbers(value) if each >= 0}
+    return frozenset(found)
+
+
+def _token_ids(plan: Plan, config: dict[str, Any], name: str) -> Iterator[tuple[tuple[str, ...], str, Any]]:
+    """Where a configuration names tokens by their ids: map, key, and the value for the output."""
     donor, joined = plan.models[0], plan.vocabulary
     if joined is None or donor.vocabulary is None:
-        return False
+        return
     source = next((model for model in plan.models if _is_of(model, joined.directory)), donor)
     assert source.vocabulary is not None
     theirs = config if source is donor else read_map(plan.checkpoints[source.checkpoint].directory / name)
-    changed = False
     for path in _maps(config):
-        own, other = _at(config, path), _at(theirs, path)
-        for key, value in list(own.items()):
-            if not _TOKEN_IDS.search(key):
-                continue
-            model, given = (source, other[key]) if other.get(key) is not None else (donor, value)
-            assert model.vocabulary is not None
-            own[key] = _translated(given, model.vocabulary.tokens, joined.ids)
-            changed |= own[key] != value
-    return changed
+        other = _at(theirs, path)
+        for key, value in _at(config, path).items():
+            if _TOKEN_IDS.search(key):
+                model, given = (source, other[key]) if other.get(key) is not None else (donor, value)
+                assert model.vocabulary is not None
+                yield path, key, _translated(given, model.vocabulary.tokens, joined.ids, pairs=key == _PAIRS)
 
 
 def _is_of(model: Model, directory: Path) -> bool:
     return model.vocabulary is not None and model.vocabulary.directory == directory
 
 
-def _translated(value: Any, tokens: Mapping[int, str], ids: Mapping[str, int]) -> Any:
-    """Ids as they are in the output; what is no id stays, and what is of no token there becomes null."""
+def _numbers(value: Any) -> Iterator[int]:
+    """The ids in a value."""
     if isinstance(value, list):
-        found = [_translated(each, tokens, ids) for each in value]
-        return [each for each in found if each is not None]
+        for each in value:
+            yield from _numbers(each)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield value
+
+
+def _translated(value: Any, tokens: Mapping[int, str], ids: Mapping[str, int], *, pairs: bool = False) -> Any:
+    """Ids as they are in the output; what is of no token here stays, and of none there becomes null.
+
+    What is null in a list is left out, and so is a list in it with less than before. Of `pairs` the first is no id.
+    """
+    if isinstance(value, list):
+        if pairs:
+            made = [[each[0], new] if isinstance(each, list) and len(each) == 2 and
+                    (new := _translated(each[1], tokens, ids)) is not None else None for each in value]  # fmt: skip
+        else:
+            made = [_translated(each, tokens, ids) for each in value]
+        made = [
+            new for each, new in zip(value, made, strict=True)
+            if new is not None and not (isinstance(each, list) and len(new) < len(each))
+        ]  # fmt: skip
+        return made or (None if value else value)
     if isinstance(value, bool) or not isinstance(value, int) or value not in tokens:
         return value
     return ids.get(tokens[value])
@@ -184,8 +240,11 @@ def _is_by_layer(key: str, layers: int) -> bool:
 
 
 def _maps(config: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Where the maps of a config are: its own, and one level down, as the `text_config` of models that see."""
-    return [(), *((key,) for key, value in config.items() if isinstance(value, dict))]
+    """Where the maps of a config are: its own, and those in it, as the `text_config` of models that see."""
+    found: list[tuple[str, ...]] = [()]
+    for path in found:
+        found += [(*path, key) for key, value in _at(config, path).items() if isinstance(value, dict)]
+    return found
 
 
 def _at(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:

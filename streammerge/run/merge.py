@@ -30,7 +30,7 @@ from streammerge.plan.tensor import TensorPlan
 from streammerge.run.arena import Arena
 from streammerge.run.check import verify, verify_inputs
 from streammerge.run.compiling import Compile, consider
-from streammerge.run.configuration import CONFIG_NAME, architecture
+from streammerge.run.configuration import CONFIG_NAME, architecture, lost_tokens
 from streammerge.run.engine import Engine
 from streammerge.run.estimate import estimate_seconds
 from streammerge.run.gpu import CudaLane, choose_device
@@ -135,7 +135,7 @@ def plan_recipe(recipe: Recipe, options: Options, note: Callable[[str], None] = 
         if (checkpoints[model.checkpoint].path / ADAPTER_CONFIG_NAME).exists()
         and not (checkpoints[model.checkpoint].path / CONFIG_NAME).exists()
     ]
-    made = replace(made, warnings=(*made.warnings, *told))
+    made = replace(made, warnings=(*made.warnings, *told, *lost_tokens(made)))
     kinds = {
         model.reference: kind for model in models if (kind := architecture(checkpoints[model.checkpoint])) is not None
     }

@@ -13,7 +13,7 @@ from streammerge.plan.recipe import Recipe
 from streammerge.plan.reference import Reference, find_local, parse_reference, resolve_local
 from streammerge.plan.view import Model
 from streammerge.plan.vocab import load_vocabulary, template_of
-from streammerge.run.configuration import says_tied
+from streammerge.run.configuration import reserved_ids, says_tied
 from streammerge.run.hub import HUB_NAME, commit_of, fetch_model
 from streammerge.run.sidefiles import tokenizer_directory
 from streammerge.storage.checkpoint import Checkpoint
@@ -82,12 +82,19 @@ def open_models(recipe: Recipe, note: Callable[[str], None]) -> tuple[list[Model
     ]
     opened = [*checkpoints.values(), *(adapter.checkpoint for adapter in adapters.values())]
     if recipe.needs_tokenizers:
-        models = [_with_tokenizer(model, tokenizer_directory(model, opened)) for model in models]
+        models = [
+            _with_tokenizer(model, tokenizer_directory(model, opened), opened[model.checkpoint].directory)
+            for model in models
+        ]
     return models, opened
 
 
-def _with_tokenizer(model: Model, directory: Path) -> Model:
-    return replace(model, vocabulary=load_vocabulary(directory), template=template_of(directory))
+def _with_tokenizer(model: Model, directory: Path, beside: Path) -> Model:
+    """The model with its tokenizer, which is in `directory`; `beside` has its configurations."""
+    vocabulary = load_vocabulary(directory)
+    if vocabulary is not None:
+        vocabulary = replace(vocabulary, reserved=reserved_ids(beside))
+    return replace(model, vocabulary=vocabulary, template=template_of(directory))
 
 
 def _check_local(references: dict[str, Reference], recipe_path: Path) -> None:

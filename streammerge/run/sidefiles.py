@@ -59,14 +59,14 @@ def _why_left(file: Path) -> str | None:
 
 
 def _beside_weights(plan: Plan) -> list[Path]:
-    """The donor's files, and those of the tokenizer where that is another's."""
-    donor = plan.checkpoints[0]
-    if not donor.path.is_dir() and not (donor.directory / CONFIG_NAME).exists():
-        return []
-    joined = plan.vocabulary
+    """The donor's files, unless it is one file without a config; and those of the tokenizer, if it is another's."""
+    donor, joined = plan.checkpoints[0], plan.vocabulary
+    alone = not donor.path.is_dir() and not (donor.directory / CONFIG_NAME).exists()
     tokenizer = tokenizer_directory(plan.models[0], plan.checkpoints) if joined is None else joined.directory
-    files = _small_files(donor.directory)
-    if tokenizer != donor.directory:
+    files = [] if alone else _small_files(donor.directory)
+    if alone and joined is not None:
+        files = [file for file in _small_files(tokenizer) if is_of_tokenizer(file.name)]
+    elif not alone and tokenizer != donor.directory:
         files = [file for file in files if not is_of_tokenizer(file.name)]
         files += [file for file in _small_files(tokenizer) if is_of_tokenizer(file.name)]
     changed = joined is not None and joined.changed

@@ -41,13 +41,15 @@ def write_tokenizer(path: Path, ordinary: Sequence[str], added: Sequence[str] = 
 
 def make_model(path: Path, ordinary: Sequence[str], added: Sequence[str] = (), *, seed: int, rows: int | None = None,
                dtype: torch.dtype = torch.bfloat16, config: Mapping[str, Any] | None = None,
-               names: Sequence[str] = (EMBED, HEAD, BIAS)) -> Model:  # fmt: skip
-    """A model whose tables have as many rows as there are tokens, or `rows`."""
+               names: Sequence[str] = (EMBED, HEAD, BIAS),
+               extra: Mapping[str, tuple[int, ...]] | None = None) -> Model:  # fmt: skip
+    """A model whose tables have as many rows as there are tokens, or `rows`; `extra` are more tensors."""
     tokens = write_tokenizer(path, ordinary, added)
     count = rows if rows is not None else len(tokens)
     generator = torch.Generator().manual_seed(seed)
-    shapes = {EMBED: (count, WIDTH), HEAD: (count, WIDTH), BIAS: (count,)}
-    tensors = {name: torch.randn(shapes[name], generator=generator).to(dtype) for name in names}
+    usual = {EMBED: (count, WIDTH), HEAD: (count, WIDTH), BIAS: (count,)}
+    shapes = {name: usual[name] for name in names} | dict(extra or {})
+    tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
     tensors["model.layers.0.mlp.up_proj.weight"] = torch.randn(8, WIDTH, generator=generator).to(dtype)
     tensors["model.norm.weight"] = torch.randn(WIDTH, generator=generator).to(dtype)
     (path / "config.json").write_text(json.dumps({"vocab_size": count, "torch_dtype": "bfloat16", **(config or {})}))
