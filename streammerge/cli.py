@@ -99,6 +99,7 @@ def merge(
     ] = False,
     spill: Spill = None,
     strict: Strict = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Say at the end where the time went.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only notes and errors.")] = False,
     as_json: Json = False,
     log: Annotated[Path | None, typer.Option(metavar="FILE", help="Append what happens to this file.")] = None,
@@ -122,6 +123,8 @@ def merge(
         done = run_merge(decided, out, options, _Watcher(terminal))
         seconds = time.perf_counter() - _BEGAN
         terminal.rows("done", report.report_rows(done, seconds))
+        if profile:
+            terminal.table("profile", report.profile_table(done.profile, seconds))
         terminal.event("done", report.report_json(done, seconds))
 
 

@@ -13,6 +13,7 @@ from streammerge.run.check import Verdict
 from streammerge.run.health import Health
 from streammerge.run.inspection import Inspection
 from streammerge.run.merge import Report
+from streammerge.run.profile import Profile
 
 Rows = list[tuple[str, str]]
 _SHOWN = 5
@@ -98,8 +99,10 @@ def report_rows(report: Report, seconds: float) -> Rows:
             ("finished", f"{report.out} holds this very merge already; nothing was done"),
             ("digest", report.digest),
         ]
-    compiled = report.compile_seconds > _WORTH_SAYING
-    compiling = f", {format_seconds(report.compile_seconds)} compiling" if compiled else ""
+    profile = report.profile
+    compiled = profile.compiling > _WORTH_SAYING
+    compiling = f", {format_seconds(profile.compiling)} compiling" if compiled else ""
+    engine = profile.merging + profile.finishing
     moved = report.read_bytes + report.written_bytes
     rows = [
         ("output", str(report.out)),
@@ -107,8 +110,8 @@ def report_rows(report: Report, seconds: float) -> Rows:
         ("read", format_size(report.read_bytes)),
         ("written", format_size(report.written_bytes)),
         ("peak memory", f"{format_size(report.peak_bytes)} ({format_size(report.peak_own_bytes)} without file pages)"),
-        ("time", f"{format_seconds(seconds)}, {format_seconds(report.engine_seconds)} of it merging{compiling}"),
-        ("rate", f"{moved / max(report.engine_seconds, 1e-9) / 1e9:.2f} GB/s read and written"),
+        ("time", f"{format_seconds(seconds)}, {format_seconds(engine)} of it merging{compiling}"),
+        ("rate", f"{moved / max(engine, 1e-9) / 1e9:.2f} GB/s read and written"),
     ]  # fmt: skip
     if report.nonfinite:
         shown = [
@@ -133,11 +136,50 @@ def report_json(report: Report, seconds: float) -> dict[str, Any]:
         "peak_bytes": report.peak_bytes,
         "peak_own_bytes": report.peak_own_bytes,
         "seconds": round(seconds, 3),
-        "engine_seconds": round(report.engine_seconds, 3),
-        "compile_seconds": round(report.compile_seconds, 3),
-        "sync_seconds": round(report.sync_seconds, 3),
+        "engine_seconds": round(report.profile.merging + report.profile.finishing, 3),
+        "compile_seconds": round(report.profile.compiling, 3),
+        "sync_seconds": round(report.profile.syncing, 3),
+        "profile": profile_json(report.profile),
         "nonfinite": {name: list(counts) for name, counts in report.nonfinite.items()},
     }
+
+
+def profile_table(profile: Profile, seconds: float) -> list[list[str]]:
+    """Where the time went: one thing after the other, and within merging what goes on at the same time."""
+    begun = seconds - profile.planning - profile.compiling - profile.merging - profile.finishing
+    phases = [("starting Python", begun), ("planning", profile.planning), ("compiling", profile.compiling),
+              ("merging", profile.merging), ("finishing", profile.finishing)]  # fmt: skip
+    rows = [["where the time went", "threads", "seconds", ""]]
+    rows += [[name, "", f"{taken:.2f}", f"{taken / seconds:.0%} of all"] for name, taken in phases]
+    whole = max(profile.merging, 1e-9)
+
+    def at_once(name: str, threads: int, taken: float) -> None:
+        share = f"{taken / whole / max(1, threads):.0%} of merging" if taken else ""
+        rows.append([f"  {name}", f"{threads}", f"{taken:.2f}", share])
+
+    at_once("reading", profile.readers, profile.reading)
+    at_once("waiting for it", 1, profile.waiting)
+    programs: dict[str, float] = {}
+    for label, (_, taken) in profile.programs.items():
+        # Without its options: those are in the JSON.
+        short = label.partition("(")[0].removeprefix("streammerge.")
+        programs[short] = programs.get(short, 0.0) + taken
+    for name, taken in sorted(programs.items(), key=lambda item: -item[1]):
+        at_once(name, profile.threads, taken)
+    at_once("waiting for results", 1, profile.unready)
+    at_once("hashing", 1, profile.hashing)
+    at_once("writing", 1, profile.writing)
+    at_once("syncing", 1, profile.syncing)
+    return rows
+
+
+def profile_json(profile: Profile) -> dict[str, Any]:
+    """All of it."""
+    found = {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(profile).items()}
+    programs = {
+        label: {"pieces": pieces, "seconds": round(taken, 4)} for label, (pieces, taken) in profile.programs.items()
+    }
+    return found | {"programs": programs}
 
 
 def inspection_rows(inspection: Inspection) -> Rows:

@@ -80,7 +80,7 @@ class Cache:
         if library is None:
             return None
         if program.orders is None:
-            return _run(library, program)
+            return _run_by_rows(library, program, None, signature) if program.sees_no_rows else _run(library, program)
         order = self._library(program.orders, signature._replace(out=None), threads)
         return None if order is None else _run_by_rows(library, program, order, signature)
 
@@ -127,10 +127,9 @@ def _run(library: Library, program: Program) -> Run:
     return run
 
 
-def _run_by_rows(library: Library, program: Program, order: Library, signature: Signature) -> Run:
-    """A program and the one that orders its rows, as one. A unit is a block, if need be filled up with zeros."""
+def _run_by_rows(library: Library, program: Program, order: Library | None, signature: Signature) -> Run:
+    """A program, after the one that orders its rows if there is one. Units are blocks, if need be filled with zeros."""
     first = program.orders
-    assert first is not None
     # Blocks that stay with their thread: new ones for every unit would take longest of all.
     own = threading.local()
 
@@ -148,9 +147,12 @@ def _run_by_rows(library: Library, program: Program, order: Library, signature: 
             blocks, place = own.inputs, own.out
             for block, stored in zip(blocks, inputs, strict=True):
                 _fill(block, stored)
-        with order.lend(flatten(first, blocks, None, starts, keys, None, arguments)) as ordered:
-            sort_rows(ordered, width)
-            result = library(flatten(program, blocks, place, starts, keys, ordered, arguments))
+        if first is None or order is None:
+            result = library(flatten(program, blocks, place, starts, keys, None, arguments))
+        else:
+            with order.lend(flatten(first, blocks, None, starts, keys, None, arguments)) as ordered:
+                sort_rows(ordered, width)
+                result = library(flatten(program, blocks, place, starts, keys, ordered, arguments))
         if out is not None and place is not None and not whole:
             _bytes(out)[:] = _bytes(place)[: out.nbytes]
         return result
@@ -198,7 +200,7 @@ def compiler_missing() -> str | None:
 
 def can_be_compiled(program: Program, grain: Grain) -> bool:
     """Whether a program is of blocks, or sees its rows beforehand and then a block at most."""
-    if program.orders is not None:
+    if program.orders is not None or program.sees_no_rows:
         return grain.width is None or grain.unit <= BLOCK
     return grain.width is None and not any("any" in argument.shape for argument in program.arguments)
 

@@ -44,7 +44,7 @@ def _example(program: Program, signature: Signature) -> list[Tensor]:
         [torch.zeros(blocks, BLOCK, dtype=dtype) for dtype in signature.inputs],
         None if signature.out is None else torch.zeros(blocks, BLOCK, dtype=signature.out),
         torch.zeros(blocks, 1, dtype=torch.int64),
-        torch.zeros(blocks, signature.models, 2, dtype=torch.int32),
+        torch.zeros(blocks, signature.models, program.key_words, dtype=torch.int32),
         torch.zeros(blocks, signature.models, BLOCK, dtype=signature.work),
         {
             a.name: torch.zeros(s, dtype=a.dtype or signature.work)

@@ -25,6 +25,9 @@ from streammerge.kernels.rowsort import sort_rows
 
 BLOCK = 65536
 
+# The argument with what was kept: (units, models, words) int32.
+KEPT = "kept"
+
 Arguments = Mapping[str, Tensor]
 Value = float | bool | str
 
@@ -58,7 +61,8 @@ class Tile(NamedTuple):
 
     `starts` (blocks, 1) int64 is the index in the tensor of each block's first element; `keys` (blocks, models, 2)
     int32 are the keys of the random bits, or, when these come one after the other, (blocks, models, BLOCK) float32 are
-    random numbers. They are None unless the program asks for them. `ordered` is what its `orders` made of the rows.
+    random numbers, or what was kept of an earlier look at these blocks. They are None unless the program asks for them.
+    `ordered` is what its `orders` made of the rows.
     """
 
     base: Tensor | None
@@ -103,6 +107,10 @@ class Program:
     # For a program by rows: another one is run first, and its result (blocks, models, BLOCK), with every row sorted, is
     # in the tile. Neither program sees the rows themselves then, and both can be compiled.
     orders: Program | None = None
+    # A program that is used by rows and does not look at them: compiled, it sees units as blocks filled up with zeros.
+    sees_no_rows: bool = False
+    # So many int32 per block and model are its keys, and not the two of random bits.
+    key_words: int = 2
     # So many blocks are run at a time, when it is run eagerly by a thread of the processor.
     eager_blocks: int = 1
     # What eager code costs per element and model on one thread; compiled takes about half a nanosecond. Decides only
@@ -202,7 +210,8 @@ class Settings:
 class Problem:
     """One tensor to merge, as `measure` sees it: its size, number of models, parameters, and the work dtype.
 
-    `models` are counted without the base. `found` is what a survey of many tensors found out for this one.
+    `models` are counted without the base. `found` is what a survey of many tensors found out for this one. With `keeps`
+    there is memory for what `Method.kept_words` says: then `measure` may return it as the argument KEPT.
     """
 
     elements: int
@@ -212,6 +221,7 @@ class Problem:
     grain: Grain = FLAT
     has_base: bool = True
     found: Any = None
+    keeps: bool = False
 
     @property
     def units(self) -> int:
@@ -245,6 +255,10 @@ class Method:
     copies: Callable[[Settings], int | None] = field(default=lambda settings: None)
     # Problems with settings of one tensor, as sentences.
     check: Callable[[Settings], list[str]] = field(default=lambda settings: [])
+    # How many int32 per unit and model `measure` would like to keep for the merging pass, 0 for nothing; and the
+    # program that merges with them in place of keys, and looks then worth compiling.
+    kept_words: Callable[[Settings], int] = field(default=lambda settings: 0)
+    kept_programs: Callable[[Settings], tuple[Program, tuple[Program, ...]]] | None = None
     # Whether its programs must see whole rows. They are then run eagerly.
     by_rows: Callable[[Settings], bool] = field(default=lambda settings: False)
     # Whether it asks for `Settings.depth`.

@@ -19,7 +19,18 @@ import torch
 from torch import Tensor
 
 from streammerge.kernels.chance import keep_limit, keep_mask
-from streammerge.kernels.contract import Argument, Arguments, Param, Problem, Program, Scope, Settings, Surveying, Tile
+from streammerge.kernels.contract import (
+    BLOCK,
+    Argument,
+    Arguments,
+    Param,
+    Problem,
+    Program,
+    Scope,
+    Settings,
+    Surveying,
+    Tile,
+)
 from streammerge.kernels.cut import (
     CUT_ARGUMENTS,
     MAGNITUDES,
@@ -36,7 +47,7 @@ from streammerge.kernels.groupcut import group_cuts
 from streammerge.kernels.rank import RANK_ARGUMENTS, UPWARDS, Chances, rank_arguments, ranked, stays
 from streammerge.kernels.select import masked
 
-Sparsifier = Literal["none", "magnitude", "outliers", "random", "sequential", "ranked"]
+Sparsifier = Literal["none", "magnitude", "outliers", "random", "sequential", "ranked", "kept"]
 
 
 class Needs(NamedTuple):
@@ -68,6 +79,7 @@ NEEDS: dict[Sparsifier, Needs] = {
     "random": Needs((Argument("limit", dtype=torch.int32),), keys=True),
     "sequential": Needs((Argument("share", dtype=torch.float32),), keys=True),
     "ranked": Needs(RANK_ARGUMENTS, keys=True, order=_RANKED_DELTAS),
+    "kept": Needs(keys=True),
 }
 
 SCOPE = Param(
@@ -184,13 +196,42 @@ def measured(problem: Problem, sparsifier: Sparsifier) -> Looking[dict[str, Tens
     return rank_arguments(chances, problem.grain, problem.work)
 
 
+# A mask of a block as bits: bit b of word w is element b · WORDS + w.
+WORDS = BLOCK // 32
+
+
+def packed(mask: Tensor) -> Tensor:
+    """The bits of masks: (units, elements of a unit or fewer) bool -> (units, WORDS) int32."""
+    missing = BLOCK - mask.shape[-1]
+    if missing:
+        mask = torch.nn.functional.pad(mask, (0, missing))
+    bits = mask.view(-1, 32, WORDS).to(torch.int32)
+    words = bits[:, 0]
+    for b in range(1, 32):
+        words = words | (bits[:, b] << b)
+    return words
+
+
+def _kept(tile: Tile, arguments: Arguments, delta: Tensor, i: int) -> Tensor:
+    assert tile.keys is not None
+    words = tile.keys[:, i]
+    places = torch.arange(32, dtype=torch.int32, device=words.device)[None, :, None]
+    bits = (words[:, None, :] >> places) & 1
+    return (bits.view(words.shape[0], -1)[:, : delta.numel() // words.shape[0]] != 0).view(delta.shape)
+
+
 def sparse(tile: Tile, arguments: Arguments, sparsifier: Sparsifier) -> list[Tensor]:
     """The deltas of a tile with what does not stay set to 0."""
     deltas = tile.deltas()
     if sparsifier == "none":
         return deltas
-    mask = _MASKS[sparsifier]
-    return [masked(mask(tile, arguments, delta, i), delta) for i, delta in enumerate(deltas)]
+    masks = masks_of(tile, arguments, sparsifier)
+    return [masked(mask, delta) for mask, delta in zip(masks, deltas, strict=True)]
+
+
+def masks_of(tile: Tile, arguments: Arguments, sparsifier: Sparsifier) -> list[Tensor]:
+    """What stays of every delta."""
+    return [_MASKS[sparsifier](tile, arguments, delta, i) for i, delta in enumerate(tile.deltas())]
 
 
 def _under_cut(tile: Tile, arguments: Arguments, delta: Tensor, i: int) -> Tensor:
@@ -229,4 +270,5 @@ _MASKS: dict[Sparsifier, Callable[[Tile, Arguments, Tensor, int], Tensor]] = {
     "random": _drawn,
     "sequential": _drawn_in_turn,
     "ranked": _drawn_by_rank,
+    "kept": _kept,
 }

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from streammerge.kernels.blocksum import block_sum, total
 from streammerge.kernels.contract import (
+    KEPT,
     Argument,
     Arguments,
     Look,
@@ -36,10 +37,13 @@ from streammerge.kernels.sparsify import (
     PARAMS,
     SCOPE,
     SURVEY_PASSES,
+    WORDS,
     Sparsifier,
     check,
     cut_survey,
+    masks_of,
     measured,
+    packed,
     scope_of,
     sparse,
 )
@@ -105,7 +109,11 @@ def task_vector_method(name: str, doc: str, *, sparsifier: Sparsifier, election:
         weights, densities = settings.numbers("weight"), settings.numbers("density")
         arguments = yield from measured(problem, used(settings))
         factors = [1.0] * problem.models
-        if by_mass(settings):
+        if by_mass(settings) and problem.keeps:
+            factors, kept = yield from _factors_and_masks(problem, arguments, densities)
+            # The masks say all that the draws and ranks did.
+            arguments = {KEPT: kept}
+        elif by_mass(settings):
             factors = yield from _rescale_factors(_weighing(used(settings)), arguments, densities)
         elif masks(settings) and settings.flag("rescale"):
             factors = [1 / density if 0 < density < 1 else 1.0 for density in densities]
@@ -122,6 +130,12 @@ def task_vector_method(name: str, doc: str, *, sparsifier: Sparsifier, election:
             if settings.flag("normalize"):
                 arguments["weight"] = problem.tensor(weights)
         return arguments | {"coefficient": problem.tensor(coefficients)}
+
+    def kept_words(settings: Settings) -> int:
+        return WORDS if used(settings) == "ranked" and by_mass(settings) else 0
+
+    def kept_programs(settings: Settings) -> tuple[Program, tuple[Program, ...]]:
+        return _merging("kept", elects(settings), elects(settings) and settings.flag("normalize")), (_WEIGHING_MASKS,)
 
     def copies(settings: Settings) -> int | None:
         factor = settings.number("lambda") * lines_factor(settings)
@@ -170,6 +184,8 @@ def task_vector_method(name: str, doc: str, *, sparsifier: Sparsifier, election:
         passes=passes,
         looks=looks,
         copies=copies,
+        kept_words=kept_words,
+        kept_programs=kept_programs,
         check=lambda settings: check(settings, sparsifier),
         by_rows=lambda settings: used(settings) == "ranked",
         by_depth=by_depth,
@@ -203,6 +219,8 @@ def _merging(sparsifier: Sparsifier, election: bool, normalize: bool) -> Program
         needs_starts=NEEDS[sparsifier].starts,
         needs_keys=NEEDS[sparsifier].keys,
         orders=NEEDS[sparsifier].order,
+        sees_no_rows=sparsifier == "kept",
+        key_words=WORDS if sparsifier == "kept" else 2,
         eager_ns=22 if election or sparsifier != "none" else 4,
     )
 
@@ -227,6 +245,22 @@ def _weigh(tile: Tile, arguments: Arguments, sparsifier: Sparsifier) -> Tensor:
         assert tile.keys is not None
         values = [value.reshape(tile.keys.shape[0], -1) for value in values]
     return torch.stack([block_sum(value.abs()) for value in values], -1)
+
+
+def _weigh_masks(tile: Tile, arguments: Arguments) -> Tensor:
+    """(units, models · (4 + WORDS)) int32 of ranked deltas: the bytes of what `_weigh` makes, and the masks."""
+    assert tile.keys is not None
+    units = tile.keys.shape[0]
+    deltas = [delta.reshape(units, -1) for delta in tile.deltas()]
+    stay = [mask.reshape(units, -1) for mask in masks_of(tile, arguments, "ranked")]
+    values = deltas + [masked(mask, delta) for mask, delta in zip(stay, deltas, strict=True)]
+    sums = torch.stack([block_sum(value.abs()) for value in values], -1).view(torch.int32)
+    return torch.cat([sums, *(packed(mask) for mask in stay)], -1)
+
+
+_WEIGHING_MASKS = Program(
+    _weigh_masks, NEEDS["ranked"].arguments, needs_keys=True, orders=NEEDS["ranked"].order, eager_ns=22
+)
 
 
 def _merge(tile: Tile, arguments: Arguments, sparsifier: Sparsifier, election: bool, normalize: bool) -> Tensor:
@@ -254,7 +288,29 @@ def _rescale_factors(
     weighing: Program, arguments: Arguments, densities: list[float]
 ) -> Generator[Look, Any, list[float]]:
     answer: Tensor = yield Look(weighing, dict(arguments))
-    masses = total(answer)
+    return _factors(total(answer), densities)
+
+
+def _factors_and_masks(
+    problem: Problem, arguments: Arguments, densities: list[float]
+) -> Generator[Look, Any, tuple[list[float], Tensor]]:
+    """The same of ranked deltas, and the masks as KEPT has them."""
+    kept = torch.empty(problem.units, problem.models, WORDS, dtype=torch.int32)
+    sums: list[Tensor] = []
+    done = 0
+
+    def put(part: Tensor) -> None:
+        nonlocal done
+        count = 4 * problem.models
+        sums.append(part[:, :count].contiguous().view(torch.float64))
+        kept[done : done + len(part)] = part[:, count:].view(len(part), problem.models, WORDS)
+        done += len(part)
+
+    yield Look(_WEIGHING_MASKS, dict(arguments), fold=put)
+    return _factors(total(torch.cat(sums)), densities), kept
+
+
+def _factors(masses: list[float], densities: list[float]) -> list[float]:
     factors = []
     for density, before, after in zip(densities, masses[: len(densities)], masses[len(densities) :], strict=True):
         small = before < _SMALLEST_MASS or after < _SMALLEST_MASS

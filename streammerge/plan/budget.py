@@ -39,6 +39,8 @@ _WORK_OF_GATHERING = 4 * MIB
 _WORK_OF_FOLDING = 24 * MIB
 # Random numbers in mergekit's order, of the tiles in work.
 _DRAWS = 96 * MIB
+# Of the budget what methods keep of a tensor takes twice this share at most.
+_KEPT_SHARE = 16
 _MOST_DIRTY, _LEAST_DIRTY = 256 * MIB, 16 * MIB
 # The interpreter and torch take some MB more or less each time they are started: a budget we name has room for that.
 _BASELINE_VARIES = 8 * MIB
@@ -62,6 +64,8 @@ class Schedule:
     threads: int
     # Passes over a tensor's inputs are saved when it has at most so many tiles: they stay in their slots.
     resident_tiles: int
+    # Methods may keep so much of one tensor from a look to the merging pass.
+    keep_bytes: int
     # Of a tensor that is read again, so much is left in the page cache meanwhile: memory nobody else claims.
     cache_bytes: int
 
@@ -72,7 +76,7 @@ class Schedule:
     @property
     def peak_bytes(self) -> int:
         """The planned peak of the process."""
-        return self.baseline_bytes + self.work_bytes + self.dirty_bytes + self.arena_bytes
+        return self.baseline_bytes + self.work_bytes + self.dirty_bytes + self.arena_bytes + 2 * self.keep_bytes
 
 
 def tile_elements(tensor: TensorPlan, tile_blocks: int) -> int:
@@ -130,6 +134,12 @@ def make_schedule(plan: Plan, *, limit_bytes: int, limited_by: str, allowed: boo
         room = limit_bytes - _reserve(limit_bytes) - (baseline_bytes + work + dirty)
 
     room -= scratch
+    # What was kept of the tensor before may still be there.
+    keep = max(
+        (size for tensor in plan.tensors if (size := tensor.kept_bytes) <= limit_bytes // _KEPT_SHARE), default=0
+    )
+    keep = keep if room - 2 * keep >= 2 * fewest else 0
+    room -= 2 * keep
     tile_blocks = min(_TILE_BLOCKS, max(-(-tensor.elements // BLOCK) for tensor in kinds) or 1)
     slot = max(tile_bytes(tensor, tile_blocks) for tensor in kinds)
     while tile_blocks > 1 and room // slot < _SLOTS:
@@ -150,6 +160,7 @@ def make_schedule(plan: Plan, *, limit_bytes: int, limited_by: str, allowed: boo
         slots=slots,
         threads=threads,
         resident_tiles=resident,
+        keep_bytes=keep,
         cache_bytes=max(0, (available_bytes - limit_bytes) // 2) if allowed else available_bytes // 2,
     )
 
@@ -163,6 +174,11 @@ def _slots_wanted(plan: Plan, tile_blocks: int, most: int) -> int:
 def stays(tensor: TensorPlan, schedule: Schedule) -> bool:
     """Whether the inputs of a tensor stay in memory through all its passes."""
     return tiles_of(tensor, schedule.tile_blocks) <= schedule.resident_tiles
+
+
+def keeps(tensor: TensorPlan, schedule: Schedule) -> bool:
+    """Whether methods may keep what they would like to of a tensor."""
+    return tensor.kept_bytes <= schedule.keep_bytes
 
 
 def bytes_to_read(tensors: Iterable[TensorPlan], schedule: Schedule) -> int:

@@ -45,6 +45,11 @@ class Step:
     def grain(self, shape: Sequence[int]) -> Grain:
         return grain_of(shape, by_rows=self.method.by_rows(self.settings))
 
+    def kept_bytes(self, shape: Sequence[int]) -> int:
+        """What its method would like to keep of its looks for the merging pass; 0 where units are more than a block."""
+        grain, words = self.grain(shape), self.method.kept_words(self.settings)
+        return grain.units(math.prod(shape)) * (len(self.operands) - self.has_base) * words * 4 * (grain.unit <= BLOCK)
+
 
 @dataclass(frozen=True)
 class TensorPlan:
@@ -72,6 +77,11 @@ class TensorPlan:
         """The most that the factors of its adapters take, in float64, with what is read for them."""
         changes = [step.change for step in self.steps if step.change is not None]
         return sum(spec.elements * 16 for change in changes for spec in change.specs)
+
+    @property
+    def kept_bytes(self) -> int:
+        """What all steps together would like to keep."""
+        return sum(step.kept_bytes(self.shape) for step in self.steps)
 
     @property
     def read_bytes(self) -> int:

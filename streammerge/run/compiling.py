@@ -19,7 +19,7 @@ from streammerge.kernels.compiled import (
 )
 from streammerge.kernels.contract import Program
 from streammerge.kernels.dtypes import torch_dtype
-from streammerge.plan.budget import Schedule
+from streammerge.plan.budget import Schedule, keeps
 from streammerge.plan.tensor import Step, TensorPlan
 
 Compile = Literal["auto", "on", "off"]
@@ -55,7 +55,7 @@ class Compiling:
 
 def consider(tensors: Sequence[TensorPlan], schedule: Schedule, mode: Compile, *, on_gpu: bool) -> Compiling:
     """Decide what to compile for `tensors`: with "auto" what saves more time than it costs, if there is memory."""
-    return weigh(programs_of(tensors), schedule.threads, schedule.limit_bytes, "off" if on_gpu else mode)
+    return weigh(programs_of(tensors, schedule), schedule.threads, schedule.limit_bytes, "off" if on_gpu else mode)
 
 
 def weigh(wanted: Mapping[tuple[Program, Signature], int], threads: int, limit_bytes: int, mode: Compile) -> Compiling:
@@ -85,7 +85,9 @@ def _cannot(limit_bytes: int) -> str | None:
     return compiler_missing()
 
 
-def programs_of(tensors: Sequence[TensorPlan]) -> dict[tuple[Program, Signature], int]:
+def programs_of(
+    tensors: Sequence[TensorPlan], schedule: Schedule | None = None
+) -> dict[tuple[Program, Signature], int]:
     """The programs of these tensors that can be compiled, with the elements times models that each sees in all."""
     counts: dict[tuple[Program, Signature], int] = {}
     for tensor in tensors:
@@ -93,9 +95,13 @@ def programs_of(tensors: Sequence[TensorPlan]) -> dict[tuple[Program, Signature]
             if step.settings.sequential is not None:
                 continue
             method, look = step.method, signature_of(tensor, step)
-            used = [(program, look) for program in method.looks(step.settings)]
+            merging, looks = method.program(step.settings), method.looks(step.settings)
+            if schedule is not None and step.kept_bytes(tensor.shape) and keeps(tensor, schedule):
+                assert method.kept_programs is not None
+                merging, looks = method.kept_programs(step.settings)
+            used = [(program, look) for program in looks]
             if DTYPES[step.dtype].bits > 8:
-                used.append((method.program(step.settings), look._replace(out=torch_dtype(step.dtype))))
+                used.append((merging, look._replace(out=torch_dtype(step.dtype))))
             grain = step.grain(tensor.shape)
             for pair in used:
                 if not can_be_compiled(pair[0], grain):

@@ -23,6 +23,7 @@ from streammerge.kernels.compiled import Signature
 from streammerge.kernels.contract import Arguments, Look, Program, evaluate
 from streammerge.run.arena import Area, Arena
 from streammerge.run.lane import Merged, Stretch, count_nonfinite
+from streammerge.run.profile import Spent
 
 _RING = 3
 # An allowance for the temporaries of eager programs, in slots; not measured.
@@ -84,6 +85,8 @@ class CudaLane:
             _Buffer(torch.empty(arena.slot_bytes, dtype=torch.uint8, device=device), _event()) for _ in range(_RING)
         ]
         self._turn = 0
+        # What a device does is not timed: its work goes on after the call.
+        self.spent = Spent()
 
     def look(self, look: Look, signature: Signature, stretch: Stretch) -> Callable[[], list[Any]]:
         buffer, values, _ = self._upload([area.tensor for area in stretch.inputs], None)

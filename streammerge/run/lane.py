@@ -9,6 +9,7 @@ pool take one after the other. (gpu.py is the other lane.)
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from streammerge.base.dtypes import DTYPES
 from streammerge.kernels.compiled import Run, Signature, can_be_compiled, eager
 from streammerge.kernels.contract import Arguments, Grain, Look, Program
 from streammerge.run.arena import Area
+from streammerge.run.profile import Spent
 
 # Blocks that stay in the caches: eager code makes many temporaries, compiled code few.
 _COMPILED_PIECE = 32
@@ -59,8 +61,11 @@ class Stretch:
 class Lane(Protocol):
     """What the engine asks of a device.
 
-    Both calls return at once; inputs must stay as they are until the results were taken.
+    Both calls return at once; inputs must stay as they are until the results were taken. `spent` has the seconds of
+    each program, over all threads.
     """
+
+    spent: Spent
 
     def look(self, look: Look, signature: Signature, stretch: Stretch) -> Callable[[], list[Any]]:
         """Look at a tile. What is returned waits for the partial results, tensors or what the look's digest made."""
@@ -102,6 +107,7 @@ class CpuLane:
         torch.set_num_threads(1)
         self._pool = ThreadPoolExecutor(threads, "compute", initializer=torch.set_num_threads, initargs=(1,))
         self._find = compiled
+        self.spent = Spent()
         self._runs: dict[tuple[Program, Signature, bool], tuple[Run, int]] = {}
 
     def look(self, look: Look, signature: Signature, stretch: Stretch) -> Callable[[], list[Any]]:
@@ -109,11 +115,13 @@ class CpuLane:
         pieces = _Pieces(size, stretch, None)
 
         def work(i: int) -> Any:
+            began = time.perf_counter()
             result = run(*pieces[i], look.arguments)
-            if look.digest is None:
-                return result
-            assert pieces.starts is not None
-            return look.digest(result, pieces.starts[i])
+            if look.digest is not None:
+                assert pieces.starts is not None
+                result = look.digest(result, pieces.starts[i])
+            self.spent.add(look.program.label, began)
+            return result
 
         futures = [self._pool.submit(work, i) for i in range(len(pieces))]
         return lambda: [future.result() for future in futures]
@@ -127,7 +135,10 @@ class CpuLane:
         def work(i: int) -> bool:
             # 0 for finite blocks, and NaN counts as true. Through numpy: it keeps other threads out for an instant,
             # where torch would let them in and wait.
-            return not run(*pieces[i], arguments).numpy().any()
+            began = time.perf_counter()
+            finite = not run(*pieces[i], arguments).numpy().any()
+            self.spent.add(program.label, began)
+            return finite
 
         futures = [self._pool.submit(work, i) for i in range(len(pieces))]
         counts: list[tuple[list[int], int]] = []

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from streammerge.base.errors import InputError, Stopped
 from streammerge.kernels.chance import block_keys, stream_key
-from streammerge.kernels.contract import BLOCK, Arguments, Grain, Look, Problem, Program, round_once
+from streammerge.kernels.contract import BLOCK, KEPT, Arguments, Grain, Look, Problem, Program, round_once
 from streammerge.kernels.dtypes import torch_dtype
 from streammerge.kernels.fold import Factors, factors, fold_span
 from streammerge.plan.adapter import Change
-from streammerge.plan.budget import SCRATCH_BLOCKS, Schedule, stays, tile_elements
+from streammerge.plan.budget import SCRATCH_BLOCKS, Schedule, keeps, stays, tile_elements
 from streammerge.plan.tensor import TensorPlan
 from streammerge.run.arena import Area, Arena
 from streammerge.run.compiling import signature_of
@@ -43,10 +43,20 @@ class Work:
         self.signatures = [signature_of(tensor, step) for step in tensor.steps]
         self.grains = [step.grain(tensor.shape) for step in tensor.steps]
         self.arguments: list[Arguments] = []
+        # What methods kept of their looks, step by step.
+        self.kept: list[Tensor | None] = []
         self._keys = [
             [stream_key(seed, step.stream, i) for i in range(signature.models)]
             for step, signature in zip(tensor.steps, self.signatures, strict=True)
         ]
+
+    def program(self, number: int) -> Program:
+        """The program that a measured step is run with."""
+        step = self.tensor.steps[number]
+        if self.kept[number] is None:
+            return step.method.program(step.settings)
+        assert step.method.kept_programs is not None
+        return step.method.kept_programs(step.settings)[0]
 
     def problem(self, number: int) -> Problem:
         """What the method of a step is asked to measure."""
@@ -64,6 +74,11 @@ class Work:
         if program.needs_keys and step.settings.sequential is not None:
             assert self._draws is not None
             keys = self._draws.tile(self.tensor.name, self.signatures[number].models, start, elements)
+        elif program.key_words > 2:
+            kept, first = self.kept[number], start // grain.unit
+            assert kept is not None
+            units = slice(first, first + grain.units(elements)) if starts is None else starts[:, 0] // grain.unit
+            keys = kept[units]
         elif program.needs_keys and starts is None:
             keys = block_keys(self._keys[number], start // grain.unit, grain.units(elements))
         elif program.needs_keys:
@@ -131,7 +146,11 @@ class Looker:
                     self._reader.request(tiles)
                 return found
 
+            problem = replace(
+                problem, keeps=keeps(work.tensor, self._schedule) and step.kept_bytes(work.tensor.shape) > 0
+            )
             arguments = solve(step.method.measure(problem), answer)
+            work.kept.append(arguments.pop(KEPT, None))
             if step.change is not None:
                 # The factors of many tensors at once would be too much.
                 arguments = {name: value for name, value in arguments.items() if name == "share"}
@@ -149,7 +168,7 @@ class Looker:
                   starts: Tensor | None = None) -> Merged:  # fmt: skip
         """Start one step on some whole units from element `start` on; or on units that begin at `starts`."""
         step = work.tensor.steps[number]
-        program = step.method.program(step.settings)
+        program = work.program(number)
         stretch = work.stretch(number, program, areas, start, elements, starts, needs_starts=program.needs_starts)
         signature = work.signatures[number]._replace(out=torch_dtype(step.dtype))
         return self._lane.merge(program, signature, stretch, out, self._arguments(work, number))

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -42,6 +42,7 @@ from streammerge.run.memory import Meter, memory_limit, processors, refusals, us
 from streammerge.run.models import open_models
 from streammerge.run.output import MANIFEST_NAME, check_apart, claim, finish, finished_digest, is_complete, trust
 from streammerge.run.pipeline import READ_THREADS, ReadAhead, WriteBehind
+from streammerge.run.profile import NOTHING_DONE, Profile
 from streammerge.run.sidefiles import left_files, side_files
 from streammerge.run.survey import SurveyBook, survey
 from streammerge.storage.sink import Shard, free_bytes, partial_path, write_file
@@ -91,9 +92,7 @@ class Report:
     written_bytes: int
     peak_bytes: int
     peak_own_bytes: int
-    engine_seconds: float
-    compile_seconds: float
-    sync_seconds: float
+    profile: Profile
     nonfinite: dict[str, tuple[int, int]]
 
 
@@ -166,6 +165,7 @@ def merge(recipe_path: Path, out: Path, options: Options, observer: Observer) ->
 
     Raises the errors of base/errors.py; whatever happens, `out` holds complete shards under their names or none.
     """
+    started = time.perf_counter()
     plan = make_plan(recipe_path, options, observer.note)
     for warning in plan.warnings:
         observer.note(f"{recipe_path}: {warning}")
@@ -201,11 +201,12 @@ def merge(recipe_path: Path, out: Path, options: Options, observer: Observer) ->
         compiling.build(observer.note)
         compiled = time.perf_counter()
         meter = stack.enter_context(Meter())
-        read, written, sync_seconds = _run(
+        read, written, spent = _run(
             plan, schedule, pending, out, work, journal, device, compiling.cache, options, observer, meter, stopping
         )
+        merged = time.perf_counter()
         _publish_rest(plan, out, journal)
-        engine_seconds = time.perf_counter() - compiled
+        finished = time.perf_counter()
     if options.verify_output:
         _verify_output(out)
     return Report(
@@ -218,9 +219,15 @@ def merge(recipe_path: Path, out: Path, options: Options, observer: Observer) ->
         written_bytes=written,
         peak_bytes=usage().peak_resident,
         peak_own_bytes=meter.peak_own,
-        engine_seconds=engine_seconds,
-        compile_seconds=compiled - began,
-        sync_seconds=sync_seconds,
+        profile=Profile(
+            planning=began - started,
+            compiling=compiled - began,
+            merging=merged - compiled,
+            finishing=finished - merged,
+            readers=READ_THREADS,
+            threads=schedule.threads,
+            **spent,
+        ),
         nonfinite={
             name: (sum(done.nonfinite_inputs), done.nonfinite_output)
             for name, done in journal.done.items()
@@ -231,8 +238,8 @@ def merge(recipe_path: Path, out: Path, options: Options, observer: Observer) ->
 
 def _run(plan: Plan, schedule: Schedule, pending: list[TensorPlan], out: Path, work: Path, journal: Journal,
          device: torch.device, cache: Cache | None, options: Options, observer: Observer, meter: Meter,
-         stopping: Callable[[], bool]) -> tuple[int, int, float]:  # fmt: skip
-    """Merge the pending tensors. Returns bytes read and written, and seconds of syncing."""
+         stopping: Callable[[], bool]) -> tuple[int, int, dict[str, Any]]:  # fmt: skip
+    """Merge the pending tensors. Returns bytes read and written, and where the time went."""
     remaining = dict.fromkeys(range(len(plan.shards)), 0)
     for tensor in pending:
         remaining[tensor.shard] += 1
@@ -277,7 +284,9 @@ def _run(plan: Plan, schedule: Schedule, pending: list[TensorPlan], out: Path, w
             finally:
                 # Also when stopped or failed: what is finished goes to disk and into the journal.
                 writer.close()
-        return reader.bytes_read, writer.bytes_written, writer.sync_seconds
+        spent: dict[str, Any] = {name: reader.spent.of(name) for name in ("reading", "waiting")}
+        spent |= {name: writer.spent.of(name) for name in ("unready", "hashing", "writing", "syncing")}
+        return reader.bytes_read, writer.bytes_written, spent | {"programs": lane.spent.all}
 
 
 def _lane(device: torch.device, arena: Arena, schedule: Schedule, cache: Cache | None, options: Options) -> Lane:
@@ -341,7 +350,7 @@ def _finished_before(plan: Plan, out: Path, options: Options) -> Report:
     if options.verify_output:
         _verify_output(out)
     return Report(out, plan.digest, True, len(plan.tensors), len(plan.tensors), 0, 0, usage().peak_resident,
-                  usage().own, 0.0, 0.0, 0.0, {})  # fmt: skip
+                  usage().own, NOTHING_DONE, {})  # fmt: skip
 
 
 @contextmanager

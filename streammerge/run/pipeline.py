@@ -21,6 +21,7 @@ from streammerge.plan.gather import Gathered
 from streammerge.plan.tensor import TensorPlan
 from streammerge.run.arena import Area, Arena
 from streammerge.run.journal import Done, Journal
+from streammerge.run.profile import Spent
 from streammerge.run.rows import read_rows
 from streammerge.storage.sink import Shard
 from streammerge.storage.source import Source
@@ -91,7 +92,7 @@ class ReadAhead:
         self._change = threading.Condition()
         self._closed = False
         self.bytes_read = 0
-        self.waiting = 0.0
+        self.spent = Spent()
         self._threads = [threading.Thread(target=self._work, name=f"read-{i}", daemon=True) for i in range(threads)]
         for thread in self._threads:
             thread.start()
@@ -105,7 +106,7 @@ class ReadAhead:
         """`tile`, in memory."""
         began = time.perf_counter()
         tile.wait()
-        self.waiting += time.perf_counter() - began
+        self.spent.add("waiting", began)
         return tile
 
     def release(self, tile: Tile) -> None:
@@ -125,8 +126,10 @@ class ReadAhead:
 
     def _work(self) -> None:
         while (tile := self._next()) is not None:
+            began = time.perf_counter()
             try:
                 self._fill(tile)
+                self.spent.add("reading", began)
             except BaseException as error:  # noqa: BLE001 - handed over to whoever waits for the tile
                 tile.finish(error)
             else:
@@ -194,7 +197,7 @@ class WriteBehind:
         self._closing = self._written_all = False
         self._error: BaseException | None = None
         self.bytes_written = 0
-        self.write_seconds = self.sync_seconds = 0.0
+        self.spent = Spent()
         self._writer = threading.Thread(target=self._write_all, name="write", daemon=True)
         self._syncer = threading.Thread(target=self._sync_all, name="sync", daemon=True)
         self._writer.start()
@@ -252,11 +255,15 @@ class WriteBehind:
 
     def _write_piece(self, piece: _Write, hashing: xxhash.xxh3_128) -> xxhash.xxh3_128 | None:
         """Write one piece; returns the hash to go on with, None after a tensor's last piece."""
+        began = time.perf_counter()
         piece.ready()
+        self.spent.add("unready", began)
         began = time.perf_counter()
         hashing.update(piece.data)
+        self.spent.add("hashing", began)
+        began = time.perf_counter()
         self._shard(piece.tensor.shard).write(piece.offset, piece.data)
-        self.write_seconds += time.perf_counter() - began
+        self.spent.add("writing", began)
         with self._change:
             self._dirty += len(piece.data)
             self.bytes_written += len(piece.data)
@@ -319,4 +326,4 @@ class WriteBehind:
         with self._change:
             self._dirty -= dirty
             self._change.notify_all()
-        self.sync_seconds += time.perf_counter() - began
+        self.spent.add("syncing", began)
