@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from streammerge.kernels.compiled import Signature, flatten
-from streammerge.kernels.contract import BLOCK, Program, evaluate
+from streammerge.kernels.contract import BLOCK, WORDS, Program, evaluate
 
 
 class _Flat(torch.nn.Module):
@@ -36,6 +36,12 @@ class _Flat(torch.nn.Module):
         return evaluate(program, signature.work, inputs, signature.has_base, out, starts, keys, arguments, ordered)
 
 
+def _example_keys(program: Program, blocks: int, models: int) -> Tensor:
+    if program.kept:
+        return torch.zeros(blocks, models, WORDS, dtype=torch.int32)
+    return torch.zeros(blocks, models, 2, dtype=torch.int32)
+
+
 def _example(program: Program, signature: Signature) -> list[Tensor]:
     blocks = 2
     sizes = [[signature.models if size == "K" else int(size) for size in a.shape] for a in program.arguments]
@@ -44,7 +50,7 @@ def _example(program: Program, signature: Signature) -> list[Tensor]:
         [torch.zeros(blocks, BLOCK, dtype=dtype) for dtype in signature.inputs],
         None if signature.out is None else torch.zeros(blocks, BLOCK, dtype=signature.out),
         torch.zeros(blocks, 1, dtype=torch.int64),
-        torch.zeros(blocks, signature.models, program.key_words, dtype=torch.int32),
+        _example_keys(program, blocks, signature.models),
         torch.zeros(blocks, signature.models, BLOCK, dtype=signature.work),
         {
             a.name: torch.zeros(s, dtype=a.dtype or signature.work)

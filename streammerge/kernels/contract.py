@@ -25,8 +25,8 @@ from streammerge.kernels.rowsort import sort_rows
 
 BLOCK = 65536
 
-# The argument with what was kept: (units, models, words) int32.
-KEPT = "kept"
+# The argument with masks that are kept, (units, models, WORDS) int32: bit b of word w is that of element 32 w + b.
+KEPT, WORDS = "kept", BLOCK // 32
 
 Arguments = Mapping[str, Tensor]
 Value = float | bool | str
@@ -109,8 +109,8 @@ class Program:
     orders: Program | None = None
     # A program that is used by rows and does not look at them: compiled, it sees units as blocks filled up with zeros.
     sees_no_rows: bool = False
-    # So many int32 per block and model are its keys, and not the two of random bits.
-    key_words: int = 2
+    # Its keys are masks that were kept (KEPT).
+    kept: bool = False
     # So many blocks are run at a time, when it is run eagerly by a thread of the processor.
     eager_blocks: int = 1
     # What eager code costs per element and model on one thread; compiled takes about half a nanosecond. Decides only
@@ -211,7 +211,7 @@ class Problem:
     """One tensor to merge, as `measure` sees it: its size, number of models, parameters, and the work dtype.
 
     `models` are counted without the base. `found` is what a survey of many tensors found out for this one. With `keeps`
-    there is memory for what `Method.kept_words` says: then `measure` may return it as the argument KEPT.
+    there is memory for masks (`Method.keeps`): then `measure` may return them as the argument KEPT.
     """
 
     elements: int
@@ -255,9 +255,9 @@ class Method:
     copies: Callable[[Settings], int | None] = field(default=lambda settings: None)
     # Problems with settings of one tensor, as sentences.
     check: Callable[[Settings], list[str]] = field(default=lambda settings: [])
-    # How many int32 per unit and model `measure` would like to keep for the merging pass, 0 for nothing; and the
-    # program that merges with them in place of keys, and looks then worth compiling.
-    kept_words: Callable[[Settings], int] = field(default=lambda settings: 0)
+    # Whether `measure` would like to keep a bit per element and model for the merging pass; and the program that merges
+    # with these masks, and looks then worth compiling.
+    keeps: Callable[[Settings], bool] = field(default=lambda settings: False)
     kept_programs: Callable[[Settings], tuple[Program, tuple[Program, ...]]] | None = None
     # Whether its programs must see whole rows. They are then run eagerly.
     by_rows: Callable[[Settings], bool] = field(default=lambda settings: False)

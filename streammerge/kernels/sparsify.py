@@ -19,18 +19,7 @@ import torch
 from torch import Tensor
 
 from streammerge.kernels.chance import keep_limit, keep_mask
-from streammerge.kernels.contract import (
-    BLOCK,
-    Argument,
-    Arguments,
-    Param,
-    Problem,
-    Program,
-    Scope,
-    Settings,
-    Surveying,
-    Tile,
-)
+from streammerge.kernels.contract import Argument, Arguments, Param, Problem, Program, Scope, Settings, Surveying, Tile
 from streammerge.kernels.cut import (
     CUT_ARGUMENTS,
     MAGNITUDES,
@@ -196,28 +185,14 @@ def measured(problem: Problem, sparsifier: Sparsifier) -> Looking[dict[str, Tens
     return rank_arguments(chances, problem.grain, problem.work)
 
 
-# A mask of a block as bits: bit b of word w is element b · WORDS + w.
-WORDS = BLOCK // 32
-
-
-def packed(mask: Tensor) -> Tensor:
-    """The bits of masks: (units, elements of a unit or fewer) bool -> (units, WORDS) int32."""
-    missing = BLOCK - mask.shape[-1]
-    if missing:
-        mask = torch.nn.functional.pad(mask, (0, missing))
-    bits = mask.view(-1, 32, WORDS).to(torch.int32)
-    words = bits[:, 0]
-    for b in range(1, 32):
-        words = words | (bits[:, b] << b)
-    return words
-
-
 def _kept(tile: Tile, arguments: Arguments, delta: Tensor, i: int) -> Tensor:
     assert tile.keys is not None
     words = tile.keys[:, i]
-    places = torch.arange(32, dtype=torch.int32, device=words.device)[None, :, None]
-    bits = (words[:, None, :] >> places) & 1
-    return (bits.view(words.shape[0], -1)[:, : delta.numel() // words.shape[0]] != 0).view(delta.shape)
+    places = torch.arange(32, dtype=torch.int32, device=words.device)
+    # Not len(): an exported program would be of that many units for ever.
+    units = words.shape[0]
+    bits = ((words[..., None] >> places) & 1).reshape(units, -1)
+    return (bits[:, : delta.numel() // units] != 0).reshape(delta.shape)
 
 
 def sparse(tile: Tile, arguments: Arguments, sparsifier: Sparsifier) -> list[Tensor]:
@@ -225,13 +200,8 @@ def sparse(tile: Tile, arguments: Arguments, sparsifier: Sparsifier) -> list[Ten
     deltas = tile.deltas()
     if sparsifier == "none":
         return deltas
-    masks = masks_of(tile, arguments, sparsifier)
-    return [masked(mask, delta) for mask, delta in zip(masks, deltas, strict=True)]
-
-
-def masks_of(tile: Tile, arguments: Arguments, sparsifier: Sparsifier) -> list[Tensor]:
-    """What stays of every delta."""
-    return [_MASKS[sparsifier](tile, arguments, delta, i) for i, delta in enumerate(tile.deltas())]
+    mask = _MASKS[sparsifier]
+    return [masked(mask(tile, arguments, delta, i), delta) for i, delta in enumerate(deltas)]
 
 
 def _under_cut(tile: Tile, arguments: Arguments, delta: Tensor, i: int) -> Tensor:

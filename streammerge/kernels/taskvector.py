@@ -13,12 +13,14 @@ from collections.abc import Generator
 from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from streammerge.kernels.blocksum import block_sum, total
 from streammerge.kernels.contract import (
     KEPT,
+    WORDS,
     Argument,
     Arguments,
     Look,
@@ -37,13 +39,10 @@ from streammerge.kernels.sparsify import (
     PARAMS,
     SCOPE,
     SURVEY_PASSES,
-    WORDS,
     Sparsifier,
     check,
     cut_survey,
-    masks_of,
     measured,
-    packed,
     scope_of,
     sparse,
 )
@@ -131,8 +130,8 @@ def task_vector_method(name: str, doc: str, *, sparsifier: Sparsifier, election:
                 arguments["weight"] = problem.tensor(weights)
         return arguments | {"coefficient": problem.tensor(coefficients)}
 
-    def kept_words(settings: Settings) -> int:
-        return WORDS if used(settings) == "ranked" and by_mass(settings) else 0
+    def keeps(settings: Settings) -> bool:
+        return used(settings) == "ranked" and by_mass(settings)
 
     def kept_programs(settings: Settings) -> tuple[Program, tuple[Program, ...]]:
         return _merging("kept", elects(settings), elects(settings) and settings.flag("normalize")), (_WEIGHING_MASKS,)
@@ -184,7 +183,7 @@ def task_vector_method(name: str, doc: str, *, sparsifier: Sparsifier, election:
         passes=passes,
         looks=looks,
         copies=copies,
-        kept_words=kept_words,
+        keeps=keeps,
         kept_programs=kept_programs,
         check=lambda settings: check(settings, sparsifier),
         by_rows=lambda settings: used(settings) == "ranked",
@@ -220,7 +219,7 @@ def _merging(sparsifier: Sparsifier, election: bool, normalize: bool) -> Program
         needs_keys=NEEDS[sparsifier].keys,
         orders=NEEDS[sparsifier].order,
         sees_no_rows=sparsifier == "kept",
-        key_words=WORDS if sparsifier == "kept" else 2,
+        kept=sparsifier == "kept",
         eager_ns=22 if election or sparsifier != "none" else 4,
     )
 
@@ -247,19 +246,21 @@ def _weigh(tile: Tile, arguments: Arguments, sparsifier: Sparsifier) -> Tensor:
     return torch.stack([block_sum(value.abs()) for value in values], -1)
 
 
-def _weigh_masks(tile: Tile, arguments: Arguments) -> Tensor:
-    """(units, models · (4 + WORDS)) int32 of ranked deltas: the bytes of what `_weigh` makes, and the masks."""
+def _weigh_for_masks(tile: Tile, arguments: Arguments) -> Tensor:
+    """What `_weigh` makes of ranked deltas, as it lies in memory, and the sparse deltas: (units, …) of the work dtype.
+
+    Masks themselves would take three times as long as all of this: the compiler has no good way with single bytes.
+    """
     assert tile.keys is not None
     units = tile.keys.shape[0]
+    stay = [delta.reshape(units, -1) for delta in sparse(tile, arguments, "ranked")]
     deltas = [delta.reshape(units, -1) for delta in tile.deltas()]
-    stay = [mask.reshape(units, -1) for mask in masks_of(tile, arguments, "ranked")]
-    values = deltas + [masked(mask, delta) for mask, delta in zip(stay, deltas, strict=True)]
-    sums = torch.stack([block_sum(value.abs()) for value in values], -1).view(torch.int32)
-    return torch.cat([sums, *(packed(mask) for mask in stay)], -1)
+    sums = torch.stack([block_sum(value.abs()) for value in (*deltas, *stay)], -1)
+    return torch.cat([sums.view(stay[0].dtype), *stay], -1)
 
 
 _WEIGHING_MASKS = Program(
-    _weigh_masks, NEEDS["ranked"].arguments, needs_keys=True, orders=NEEDS["ranked"].order, eager_ns=22
+    _weigh_for_masks, NEEDS["ranked"].arguments, needs_keys=True, orders=NEEDS["ranked"].order, eager_ns=22
 )
 
 
@@ -295,18 +296,26 @@ def _factors_and_masks(
     problem: Problem, arguments: Arguments, densities: list[float]
 ) -> Generator[Look, Any, tuple[list[float], Tensor]]:
     """The same of ranked deltas, and the masks as KEPT has them."""
-    kept = torch.empty(problem.units, problem.models, WORDS, dtype=torch.int32)
+    kept = torch.zeros(problem.units, problem.models, WORDS, dtype=torch.int32)
     sums: list[Tensor] = []
     done = 0
 
-    def put(part: Tensor) -> None:
-        nonlocal done
-        count = 4 * problem.models
-        sums.append(part[:, :count].contiguous().view(torch.float64))
-        kept[done : done + len(part)] = part[:, count:].view(len(part), problem.models, WORDS)
-        done += len(part)
+    def pack(found: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        """In the threads that compute: sums, and masks as bits. What is 0 counts as nothing either way."""
+        count = 2 * problem.models * 8 // found.element_size()
+        stay = found[:, count:].reshape(len(found), problem.models, -1).numpy() != 0
+        filled = np.zeros((len(found), problem.models, WORDS * 4), np.uint8)
+        packed = np.packbits(stay, -1, "little")
+        filled[..., : packed.shape[-1]] = packed
+        return found[:, :count].clone().view(torch.float64), torch.from_numpy(filled.view("<i4").astype(np.int32))
 
-    yield Look(_WEIGHING_MASKS, dict(arguments), fold=put)
+    def put(part: tuple[Tensor, Tensor]) -> None:
+        nonlocal done
+        sums.append(part[0])
+        kept[done : done + len(part[1])] = part[1]
+        done += len(part[1])
+
+    yield Look(_WEIGHING_MASKS, dict(arguments), digest=pack, fold=put)
     return _factors(total(torch.cat(sums)), densities), kept
 
 

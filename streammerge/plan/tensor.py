@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from streammerge.base.dtypes import DTYPES
-from streammerge.kernels.contract import BLOCK, Grain, Method, Settings, grain_of
+from streammerge.kernels.contract import BLOCK, WORDS, Grain, Method, Settings, grain_of
 from streammerge.kernels.fold import FOLD, fold_settings
 from streammerge.methods.passthrough import AS_IT_IS, PASSTHROUGH
 from streammerge.plan.adapter import Change
@@ -47,8 +47,10 @@ class Step:
 
     def kept_bytes(self, shape: Sequence[int]) -> int:
         """What its method would like to keep of its looks for the merging pass; 0 where units are more than a block."""
-        grain, words = self.grain(shape), self.method.kept_words(self.settings)
-        return grain.units(math.prod(shape)) * (len(self.operands) - self.has_base) * words * 4 * (grain.unit <= BLOCK)
+        grain = self.grain(shape)
+        if not self.method.keeps(self.settings) or grain.unit > BLOCK:
+            return 0
+        return grain.units(math.prod(shape)) * (len(self.operands) - self.has_base) * WORDS * 4
 
 
 @dataclass(frozen=True)

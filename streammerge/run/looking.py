@@ -74,7 +74,7 @@ class Work:
         if program.needs_keys and step.settings.sequential is not None:
             assert self._draws is not None
             keys = self._draws.tile(self.tensor.name, self.signatures[number].models, start, elements)
-        elif program.key_words > 2:
+        elif program.kept:
             kept, first = self.kept[number], start // grain.unit
             assert kept is not None
             units = slice(first, first + grain.units(elements)) if starts is None else starts[:, 0] // grain.unit
