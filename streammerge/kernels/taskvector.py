@@ -307,7 +307,8 @@ def _factors_and_masks(
         filled = np.zeros((len(found), problem.models, WORDS * 4), np.uint8)
         packed = np.packbits(stay, -1, "little")
         filled[..., : packed.shape[-1]] = packed
-        return found[:, :count].clone().view(torch.float64), torch.from_numpy(filled.view("<i4").astype(np.int32))
+        masses = found[:, :count].clone(memory_format=torch.contiguous_format)
+        return masses.view(torch.float64), torch.from_numpy(filled.view("<i4").astype(np.int32))
 
     def put(part: tuple[Tensor, Tensor]) -> None:
         nonlocal done

@@ -16,6 +16,7 @@ from tests.models import make_models, read_tensors, write_recipe
 SHAPES = {
     "even.weight": (70, 2048),
     "odd.weight": (130, 1111),
+    "odder.weight": (3, 7),
     "long.weight": (3, 70_001),
     "vector": (9000,),
     "three.weight": (5, 40, 64),
