@@ -148,7 +148,7 @@ def _set_token_ids(plan: Plan, config: dict[str, Any], name: str) -> bool:
 def lost_tokens(plan: Plan) -> list[str]:
     """A sentence for each key of the configurations whose token is none of the output's."""
     lost = []
-    for name in (CONFIG_NAME, GENERATION_NAME):
+    for name in (CONFIG_NAME, GENERATION_NAME) if plan.vocabulary is not None else ():
         config = read_map(plan.checkpoints[0].directory / name)
         for path, key, new in _token_ids(plan, config, name):
             if new is None and _at(config, path)[key] is not None:
