@@ -24,6 +24,7 @@ from streammerge.kernels.contract import Argument, Arguments, Look, Measuring, M
 from streammerge.kernels.cut import Quantity, magnitude, order_statistics
 
 _SMOOTHING = 1e-8
+_ROUNDING = 2.0**-49
 
 
 def divergence(tile: Tile, arguments: Arguments) -> Tensor:
@@ -40,6 +41,8 @@ def divergence(tile: Tile, arguments: Arguments) -> Tensor:
     # Small differences of logarithms are lost in the logarithms themselves.
     growth = torch.log1p(block_sum(q * torch.expm1(delta.clamp(-1, 1)))[:, None])
     d = delta - torch.where(delta.abs().amax(-1, keepdim=True) < 1, growth, model_log - base_log)
+    # What is left of a row that is moved as a whole is rounding, and another one on another processor.
+    d = torch.where(d.abs() <= _ROUNDING * delta.abs().amax(-1, keepdim=True), 0.0, d)
     smoothed = q + _SMOOTHING
     t = torch.where(d.abs() < 1, q * torch.expm1(d), p - q) / smoothed
     series = t * t * (1 / 2 - t * (1 / 6 - t * (1 / 12 - t / 20)))

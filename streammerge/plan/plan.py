@@ -29,7 +29,7 @@ from streammerge.plan.vocab import Vocabulary, listed
 from streammerge.storage.checkpoint import Checkpoint
 
 # Raised when a change alters the bytes of an output.
-FORMAT = 4
+FORMAT = 5
 
 
 @dataclass(frozen=True)

@@ -423,6 +423,8 @@ def _divergence(base: Array, delta: Array) -> NDArray[np.longdouble]:
     q = np.exp(wide - wide.max(1, keepdims=True))
     q /= q.sum(1, keepdims=True)
     d = step - np.log1p((q * np.expm1(step)).sum(1, keepdims=True))
+    # A row that is moved as a whole has the same softmax.
+    d = np.where(np.abs(d) <= 2.0**-49 * np.abs(step).max(1, keepdims=True), 0.0, d)
     smoothed = q + np.longdouble("1e-8")
     t = q * np.expm1(d) / smoothed
     # (1 + t) ln(1 + t) less t, which sums to nothing as p and q both sum to 1; a series where those cancel.
