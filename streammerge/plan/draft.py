@@ -12,9 +12,9 @@ from streammerge.base.errors import RecipeError, ShapeMismatch
 from streammerge.kernels.contract import Method, Settings
 from streammerge.methods.passthrough import AS_IT_IS, PASSTHROUGH
 from streammerge.plan.align import align
-from streammerge.plan.names import embedding_of, head_of, in_layer, layer_of
+from streammerge.plan.names import embedding_of, head_of, in_layer, layer_of, listing
 from streammerge.plan.parameters import resolve, unmatched_filters
-from streammerge.plan.places import Place, Places, listing, shorten
+from streammerge.plan.places import Place, Places, shorten
 from streammerge.plan.recipe import Recipe, Stage
 from streammerge.plan.view import Model, Operand, View, view_of, with_heads
 from streammerge.storage.checkpoint import Checkpoint

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 # The first number between dots, or at the start, counts the layers: model.layers.3.mlp.experts.5 is layer 3.
 _LAYER = re.compile(r"(?:^|(?P<stack>.*?)\.)(?P<index>\d{1,9})\.")
@@ -171,3 +171,8 @@ def modules_of(modules: Iterable[str], names: Iterable[str]) -> dict[str, str | 
     if rest in wanted and rest not in owner.values():
         owner = {name: rest if module is None else module for name, module in owner.items()}
     return owner
+
+
+def listing(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from streammerge.plan.names import in_layer, is_buffer, is_front, layer_of, modules_of, position, stacks
+from streammerge.plan.names import in_layer, is_buffer, is_front, layer_of, listing, modules_of, position, stacks
 from streammerge.plan.recipe import Input, Module, Slice, Stage, nearest
 from streammerge.plan.view import MOST_LAYERS, View
 
@@ -260,8 +260,3 @@ def shorten(problems: list[str], spare: int = 0) -> list[str]:
     if len(problems) <= _SHOWN + 2 - spare:
         return problems
     return [*problems[:_SHOWN], f"and {len(problems) - _SHOWN} more"]
-
-
-def listing(names: Sequence[str]) -> str:
-    """The first three names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

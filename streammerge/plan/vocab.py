@@ -23,6 +23,7 @@ from typing import Any
 import xxhash
 
 from streammerge.base.errors import InputError
+from streammerge.plan.names import listing
 from streammerge.plan.tokenizer import Tokenizer
 from streammerge.storage.jsonfile import dump_map, parse_map, read_map, read_text
 
@@ -34,7 +35,8 @@ _OTHER_FORMS = ("tokenizer.model", "tokenizer.model.v3", "spiece.model", "senten
                 "encoder.json", "added_tokens.json", "tekken.json")  # fmt: skip
 _SPECIAL_NAME = "special_tokens_map.json"
 _SETTINGS = (CONFIG_NAME, _SPECIAL_NAME, TEMPLATE_NAME, OTHER_TEMPLATE_NAME)
-_SHOWN = 3
+# How a token is matched in a text.
+_PROPERTIES = ("single_word", "lstrip", "rstrip", "normalized", "special")
 # So much less than the others, a logarithm of a probability is never among those of the likeliest cut.
 _NEVER = 1e4
 
@@ -101,22 +103,11 @@ def load_vocabulary(directory: Path) -> Vocabulary | None:
         content = text = _converted(directory)
     else:
         return None
-    from tokenizers import Tokenizer as Loaded
-
-    try:
-        loaded = Loaded.from_str(content)
-        ids, kind = loaded.get_vocab(with_added_tokens=True), type(loaded.model).__name__
-        added = {
-            token.content: {
-                "single_word": token.single_word, "lstrip": token.lstrip, "rstrip": token.rstrip,
-                "normalized": token.normalized, "special": token.special,
-            }
-            for token in loaded.get_added_tokens_decoder().values()
-        }  # fmt: skip
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # noqa: BLE001 - the library panics over some files, and a panic is no Exception
-        raise InputError(f"{file}: its tokenizer cannot be loaded: {_brief(error)}.") from None
+    loaded, ids = _by_library(content, f"{file}: its tokenizer")
+    added = {
+        token.content: {name: getattr(token, name) for name in _PROPERTIES}
+        for token in loaded.get_added_tokens_decoder().values()
+    }
     taken = set(ids.values())
     for number, own in _told(directory):
         token = own.pop("content")
@@ -125,7 +116,8 @@ def load_vocabulary(directory: Path) -> Vocabulary | None:
             taken.add(number)
     if not ids:
         raise InputError(f"{file}: its tokenizer has no tokens.")
-    return Vocabulary(directory, dict(sorted(ids.items(), key=lambda item: item[1])), added, kind, text)
+    return Vocabulary(directory, dict(sorted(ids.items(), key=lambda item: item[1])), added,
+                      type(loaded.model).__name__, text)  # fmt: skip
 
 
 def template_of(directory: Path) -> str | None:
@@ -173,7 +165,7 @@ def join(chosen: Tokenizer, models: Mapping[str, Vocabulary], source: str) -> tu
                 ids[token] = next(free)
     for token in chosen.rules:
         if token not in ids:
-            ids[token], added[token] = next(free), _properties(special=False)
+            ids[token], added[token] = next(free), dict.fromkeys(_PROPERTIES, False)
     changed = first.changed or len(ids) > len(first.ids) or len(added) > len(first.added)
     return replace(first, ids=ids, added=added, changed=changed), warnings
 
@@ -204,12 +196,7 @@ def is_other_form(name: str) -> bool:
 
 def listed(tokens: Sequence[str]) -> str:
     """The first three tokens, and how many more there are."""
-    shown = ", ".join(map(repr, tokens[:_SHOWN]))
-    return shown + (f" and {len(tokens) - _SHOWN} more" if len(tokens) > _SHOWN else "")
-
-
-def _properties(*, special: bool) -> dict[str, bool]:
-    return {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": special}
+    return listing([repr(token) for token in tokens])
 
 
 def _told(directory: Path) -> list[tuple[int, dict[str, Any]]]:
@@ -222,7 +209,7 @@ def _told(directory: Path) -> list[tuple[int, dict[str, Any]]]:
         if number.isascii() and number.isdigit() and len(number) < 10 and isinstance(entry, dict):
             content = entry.get("content")
             if isinstance(content, str) and _is_text(content):
-                kept = {key: bool(entry.get(key)) for key in _properties(special=False)}
+                kept = {key: bool(entry.get(key)) for key in _PROPERTIES}
                 told.append((int(number), {"content": content, **kept}))
     return sorted(told, key=lambda item: item[0])
 
@@ -247,6 +234,19 @@ def _converted(directory: Path) -> str:
         return str(backend.to_str())
     except Exception as error:  # noqa: BLE001 - of any kind, by whichever class reads this form
         raise InputError(f"{directory}: its tokenizer cannot be loaded: {_brief(error)}.") from None
+
+
+def _by_library(content: str, what: str) -> tuple[Any, dict[str, int]]:
+    """A tokenizer.json as the library reads it, and its ids. Raises InputError, that begins with `what`."""
+    from tokenizers import Tokenizer as Loaded
+
+    try:
+        loaded = Loaded.from_str(content)
+        return loaded, loaded.get_vocab(with_added_tokens=True)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # noqa: BLE001 - the library panics over some files, and a panic is no Exception
+        raise InputError(f"{what} cannot be loaded: {_brief(error)}.") from None
 
 
 def _brief(error: BaseException) -> str:
@@ -321,12 +321,7 @@ def _entries(vocabulary: Vocabulary, before: Mapping[str, Any]) -> list[tuple[in
 
 def _check_loads(content: bytes, vocabulary: Vocabulary, file: Path) -> None:
     """Raise InputError when what was made is not read as what it should be."""
-    from tokenizers import Tokenizer as Loaded
-
-    try:
-        found = Loaded.from_str(content.decode()).get_vocab(with_added_tokens=True)
-    except Exception as error:  # noqa: BLE001 - the library has no kinds of errors
-        raise InputError(f"{file}: with the tokens of the output it cannot be loaded: {_brief(error)}.") from None
+    _, found = _by_library(content.decode(), f"{file}: with the tokens of the output it")
     if found != vocabulary.ids:
         wrong = [token for token, number in vocabulary.ids.items() if found.get(token) != number]
         raise InputError(

@@ -17,7 +17,7 @@ from streammerge.plan.names import head_of, stacks, vocabulary_of
 from streammerge.plan.plan import Plan
 from streammerge.plan.view import Model
 from streammerge.storage.checkpoint import Checkpoint
-from streammerge.storage.jsonfile import dump_map, parse_map, read_map, read_text
+from streammerge.storage.jsonfile import dump_map, parse_map, read_bytes, read_map
 
 CONFIG_NAME, GENERATION_NAME = "config.json", "generation_config.json"
 # Lists of the numbers of some layers: mlp_only_layers, attn_layer_indices, full_attn_idxs.
@@ -26,8 +26,6 @@ _NUMBERS_OF_LAYERS = re.compile(r"layers|layer_ind|idxs|layer_ids")
 _TIED = "tie_word_embeddings"
 # How configs call the number of layers.
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
-
-
 # Keys whose values are ids of tokens.
 _TOKEN_IDS = re.compile(
     r"(^|_)token_(ids?|index)$|^((begin_)?suppress_tokens|bad_words_ids|force_words_ids|forced_decoder_ids)$"
@@ -38,18 +36,18 @@ _PAIRS = "forced_decoder_ids"
 
 def output_config(plan: Plan, file: Path) -> bytes:
     """The donor's config.json, in `file`, for the output. Raises InputError."""
-    text = read_text(file)
-    config = parse_map(text, file)
+    content = read_bytes(file)
+    config = parse_map(content, file)
     changed = _set_layers(plan, config) | _set_dtype(plan, config) | _set_tied(plan, config)
     changed |= _set_vocabulary(plan, config) | _set_token_ids(plan, config, CONFIG_NAME)
-    return dump_map(config) if changed else text.encode()
+    return dump_map(config) if changed else content
 
 
 def output_generation_config(plan: Plan, file: Path) -> bytes:
     """The donor's generation_config.json, in `file`, for the output. Raises InputError."""
-    text = read_text(file)
-    config = parse_map(text, file)
-    return dump_map(config) if _set_token_ids(plan, config, GENERATION_NAME) else text.encode()
+    content = read_bytes(file)
+    config = parse_map(content, file)
+    return dump_map(config) if _set_token_ids(plan, config, GENERATION_NAME) else content
 
 
 def architecture(checkpoint: Checkpoint) -> str | None:
@@ -183,7 +181,8 @@ def _token_ids(plan: Plan, config: dict[str, Any], name: str) -> Iterator[tuple[
             if _TOKEN_IDS.search(key):
                 model, given = (source, other[key]) if other.get(key) is not None else (donor, value)
                 assert model.vocabulary is not None
-                yield path, key, _translated(given, model.vocabulary.tokens, joined.ids, pairs=key == _PAIRS)
+                translated = _translated_pairs if key == _PAIRS else _translated
+                yield path, key, translated(given, model.vocabulary.tokens, joined.ids)
 
 
 def _is_of(model: Model, directory: Path) -> bool:
@@ -199,25 +198,29 @@ def _numbers(value: Any) -> Iterator[int]:
         yield value
 
 
-def _translated(value: Any, tokens: Mapping[int, str], ids: Mapping[str, int], *, pairs: bool = False) -> Any:
+def _translated(value: Any, tokens: Mapping[int, str], ids: Mapping[str, int]) -> Any:
     """Ids as they are in the output; what is of no token here stays, and of none there becomes null.
 
-    What is null in a list is left out, and so is a list in it with less than before. Of `pairs` the first is no id.
+    What is null in a list is left out, and so is a list in it that has less than before.
     """
     if isinstance(value, list):
-        if pairs:
-            made = [[each[0], new] if isinstance(each, list) and len(each) == 2 and
-                    (new := _translated(each[1], tokens, ids)) is not None else None for each in value]  # fmt: skip
-        else:
-            made = [_translated(each, tokens, ids) for each in value]
-        made = [
-            new for each, new in zip(value, made, strict=True)
-            if new is not None and not (isinstance(each, list) and len(new) < len(each))
-        ]  # fmt: skip
+        made = []
+        for each in value:
+            new = _translated(each, tokens, ids)
+            whole = not isinstance(each, list) or (new is not None and len(new) == len(each))
+            if new is not None and whole:
+                made.append(new)
         return made or (None if value else value)
     if isinstance(value, bool) or not isinstance(value, int) or value not in tokens:
         return value
     return ids.get(tokens[value])
+
+
+def _translated_pairs(value: Any, tokens: Mapping[int, str], ids: Mapping[str, int]) -> Any:
+    """The same of a list of pairs, of which the second is an id."""
+    pairs = [each for each in value if isinstance(each, list) and len(each) == 2] if isinstance(value, list) else []
+    made = [[place, new] for place, number in pairs if (new := _translated(number, tokens, ids)) is not None]
+    return made or (None if value else value)
 
 
 def _set_tied(plan: Plan, config: dict[str, Any]) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from streammerge.base.errors import DoesNotFit, Stopped, UserError, VerificationFailed
+from streammerge.base.errors import DoesNotFit, RecipeError, Stopped, UserError, VerificationFailed
 from streammerge.base.units import format_size
 from streammerge.kernels.compiled import Cache, Run, Signature
 from streammerge.kernels.contract import Program
@@ -134,14 +134,16 @@ def plan_recipe(recipe: Recipe, options: Options, note: Callable[[str], None] = 
         if (checkpoints[model.checkpoint].path / ADAPTER_CONFIG_NAME).exists()
         and not (checkpoints[model.checkpoint].path / CONFIG_NAME).exists()
     ]
-    made = replace(made, warnings=(*made.warnings, *told, *lost_tokens(made)))
+    told += lost_tokens(made)
     kinds = {
         model.reference: kind for model in models if (kind := architecture(checkpoints[model.checkpoint])) is not None
     }
     if len(set(kinds.values())) > 1:
         listed = ", ".join(f"{model} is {kind}" for model, kind in kinds.items())
-        made = replace(made, warnings=(*made.warnings, f"{listed}: merged because names and shapes agree"))
-    return made
+        told.append(f"{listed}: merged because names and shapes agree")
+    if options.strict and told:
+        raise RecipeError(str(recipe.path), told)
+    return replace(made, warnings=(*made.warnings, *told))
 
 
 def schedule_for(plan: Plan, options: Options) -> Schedule:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import yaml
 
-from streammerge.base.errors import InputError
 from streammerge.plan.plan import Plan
 from streammerge.plan.view import Model
 from streammerge.plan.vocab import CONFIG_NAME as TOKENIZER_CONFIG_NAME
@@ -28,7 +27,7 @@ from streammerge.plan.vocab import (
 from streammerge.run.configuration import CONFIG_NAME, GENERATION_NAME, output_config, output_generation_config
 from streammerge.run.hub import HUB_NAME
 from streammerge.storage.checkpoint import Checkpoint, leads_outside
-from streammerge.storage.jsonfile import dump_map, parse_map
+from streammerge.storage.jsonfile import dump_map, parse_map, read_bytes
 
 RECIPE_NAME = "mergekit_config.yml"
 CARD_NAME = "README.md"
@@ -63,15 +62,14 @@ def _beside_weights(plan: Plan) -> list[Path]:
     donor, joined = plan.checkpoints[0], plan.vocabulary
     alone = not donor.path.is_dir() and not (donor.directory / CONFIG_NAME).exists()
     tokenizer = tokenizer_directory(plan.models[0], plan.checkpoints) if joined is None else joined.directory
-    files = [] if alone else _small_files(donor.directory)
-    if alone and joined is not None:
-        files = [file for file in _small_files(tokenizer) if is_of_tokenizer(file.name)]
-    elif not alone and tokenizer != donor.directory:
-        files = [file for file in files if not is_of_tokenizer(file.name)]
+    files = [] if alone else [file for file in _small_files(donor.directory) if not is_of_tokenizer(file.name)]
+    if not alone or joined is not None:
         files += [file for file in _small_files(tokenizer) if is_of_tokenizer(file.name)]
-    changed = joined is not None and joined.changed
-    files = [file for file in files if not (changed and is_other_form(file.name))]
-    return [file for file in files if not (plan.template is not None and file.name == OTHER_TEMPLATE_NAME)]
+    if joined is not None and joined.changed:
+        files = [file for file in files if not is_other_form(file.name)]
+    if plan.template is not None:
+        files = [file for file in files if file.name != OTHER_TEMPLATE_NAME]
+    return files
 
 
 def _small_files(directory: Path) -> list[Path]:
@@ -99,10 +97,7 @@ def _content(plan: Plan, file: Path) -> bytes:
         return output_config(plan, file)
     if file.name == GENERATION_NAME and plan.vocabulary is not None:
         return output_generation_config(plan, file)
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror}.") from error
+    return read_bytes(file)
 
 
 def _with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]:

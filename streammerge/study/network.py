@@ -25,7 +25,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from streammerge.base.errors import InputError, ShapeMismatch, UserError
-from streammerge.plan.names import layer_of
+from streammerge.plan.names import layer_of, listing
 from streammerge.study.batches import Batch
 
 # Layers that take a mask and positions as they are given, so that choices can share a prompt.
@@ -126,8 +126,9 @@ class Network:
             units[name] = tuple(sorted({unit for target in targets for unit in self._units(target)}))
         missing = [name for name in self._names.needed if name not in found]
         if missing:
-            listing = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-            raise UserError(f"{type(self.model).__name__} needs {listing}, which the checkpoint does not hold.")
+            raise UserError(
+                f"{type(self.model).__name__} needs {listing(missing)}, which the checkpoint does not hold."
+            )
         return units
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -236,9 +236,9 @@ def test_an_alias_bomb_is_refused_at_once() -> None:
     bomb = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n" for old, new in pairwise(letters)
     )
-    began = time.perf_counter()
+    began = time.process_time()
     assert problems(bomb) == ["more than 200000 values; this is no recipe"]
-    assert time.perf_counter() - began < 60
+    assert time.process_time() - began < 5
 
 
 @pytest.mark.parametrize(
@@ -247,9 +247,9 @@ def test_an_alias_bomb_is_refused_at_once() -> None:
     ids=["list in itself", "map in itself", "open lists", "lists", "maps"],
 )
 def test_deep_nesting_is_refused_at_once(text: str) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     assert problems(text) == ["nested too deeply"]
-    assert time.perf_counter() - began < 60
+    assert time.process_time() - began < 5
 
 
 def test_a_file_of_another_kind_is_refused_in_few_words() -> None:

@@ -141,6 +141,14 @@ def test_a_config_that_is_right_is_copied_byte_for_byte(recipe: Path, models: li
     assert side_files(plan(recipe))["config.json"] == content
 
 
+def test_a_config_that_begins_with_a_byte_order_mark_is_read(recipe: Path, models: list[Path]) -> None:
+    content = b'\xef\xbb\xbf{"torch_dtype": "bfloat16"}'
+    (models[0] / "config.json").write_bytes(content)
+    assert side_files(plan(recipe))["config.json"] == content
+    (models[0] / "config.json").write_bytes(content.replace(b"bfloat16", b"float32"))
+    assert json.loads(side_files(plan(recipe))["config.json"]) == {"torch_dtype": "bfloat16"}
+
+
 def test_mixed_inputs_give_the_dtype_that_most_bytes_have(tmp_path: Path) -> None:
     a = save_model(tmp_path / "a", make_tensors(0, shapes=SHAPES))
     b = save_model(tmp_path / "b", make_tensors(1, shapes=SHAPES, dtype=torch.float16))

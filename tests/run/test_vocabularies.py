@@ -534,6 +534,31 @@ def test_bart_is_saved_with_a_shared_table_alone(tmp_path: Path) -> None:
     )
 
 
+def test_other_forms_of_a_changed_tokenizer_are_left_out(tmp_path: Path, three: list[Model]) -> None:
+    for name in ("tokenizer.model", "vocab.bpe", "own.tiktoken"):
+        (three[0].path / name).write_text("of the old one")
+    kept = merge(tmp_path, three, name="kept", tokenizer={"source": "base"})
+    assert (kept / "own.tiktoken").exists()
+    out = merge(tmp_path, three, tokenizer={"source": "union"})
+    assert not any((out / name).exists() for name in ("tokenizer.model", "vocab.bpe", "own.tiktoken"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "chosen"),
+    [({EMBED: (121, 5)}, {"tokenizer": {}}), ({"embed_positions.weight": (4, 7)}, {})],
+    ids=["there is one", "positions"],
+)
+def test_a_tokenizer_is_not_advised_where_it_would_not_help(
+    tmp_path: Path, changed: dict[str, tuple[int, ...]], chosen: dict[str, Any]
+) -> None:
+    shapes: dict[str, tuple[int, ...]] = {EMBED: (121, 7), "embed_positions.weight": (3, 7)}
+    one = make_model(tmp_path / "a", WORDS, seed=1, names=(), extra=shapes)
+    other = make_model(tmp_path / "b", WORDS, seed=2, names=(), extra=shapes | changed)
+    with pytest.raises(ShapeMismatch) as caught:
+        merge(tmp_path, [one, other], **chosen)
+    assert "source: union" not in str(caught.value)
+
+
 def test_positions_are_no_tokens_however_many_there_are(tmp_path: Path) -> None:
     extra = {"transformer.wpe.weight": (len(WORDS), 7), "embed_positions.weight": (len(WORDS), 7)}
     models = [
@@ -597,6 +622,7 @@ def test_a_special_token_that_the_output_lacks_is_told_of_and_becomes_null(tmp_p
     told = warnings_of(tmp_path, [base, other], tokenizer=chosen)
     assert "config.json: what eos_token_id names is no token of the output; it becomes null" in told
     assert "generation_config.json: what eos_token_id names is no token of the output; it becomes null" in told
+    assert "it becomes null" in refusal(tmp_path, [base, other], tokenizer=chosen, options={"strict": True})
     out = merge(tmp_path, [base, other], tokenizer=chosen)
     assert json.loads((out / "config.json").read_text())["eos_token_id"] is None
     assert json.loads((out / "generation_config.json").read_text()) == {
@@ -833,7 +859,6 @@ def test_unions_of_every_kind_load_in_transformers_and_read_old_texts_as_before(
 
 def test_a_tokenizer_without_its_json_is_converted(tmp_path: Path) -> None:
     # vocab.json and merges.txt, as GPT-2 came first.
-    pytest.importorskip("transformers")
     tokenizer = bpe(TEXTS, [])
     tokens = tokenizer.get_vocab()
     models = []
@@ -853,7 +878,6 @@ def test_a_tokenizer_without_its_json_is_converted(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_of_a_models_own_code_is_refused_and_the_code_not_run(tmp_path: Path, three: list[Model]) -> None:
-    pytest.importorskip("transformers")
     path = three[1].path
     (path / "tokenizer.json").unlink()
     (path / "vocab.json").write_text("{}")
