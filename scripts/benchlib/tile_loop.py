@@ -3,7 +3,10 @@
     passes 1 to N-1   read every input
     pass N            tile by tile: read every input, write one tile
 
-Needs no third-party package. Run as `python -m benchlib.tile_loop`.
+With --as-a-merge it also pays what every merge pays that keeps its promises: torch is imported, each tile written is
+hashed (xxh3), data are synced and then a line is appended to a journal and synced.
+
+Needs no third-party package but for --as-a-merge. Run as `python -m benchlib.tile_loop`.
 """
 
 import argparse
@@ -11,13 +14,19 @@ import mmap
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from io import FileIO
 from pathlib import Path
 
 TILE_BYTES = 8 << 20
-FDATASYNC_EVERY_TILES = 32  # 256 MiB, as a writer does that promises what it has finished
+SYNC_EVERY_TILES = 32  # 256 MiB, as a writer does that promises what it has finished
 
 
-def run_loop(inputs: Sequence[Path], output: Path, *, output_bytes: int, num_passes: int, fdatasync: bool) -> None:
+def run_loop(inputs: Sequence[Path], output: Path, *, output_bytes: int, num_passes: int, as_a_merge: bool) -> None:
+    if as_a_merge:
+        import torch  # noqa: F401
+        import xxhash
+
+        digest = xxhash.xxh3_128()
     buffer = mmap.mmap(-1, TILE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     buffer.write(b"\x3c" * TILE_BYTES)  # not zeros: the memory is touched before the loop starts
     view = memoryview(buffer)
@@ -29,15 +38,25 @@ def run_loop(inputs: Sequence[Path], output: Path, *, output_bytes: int, num_pas
                 for source in sources:
                     os.preadv(source, [buffer], offset)
         sink = stack.enter_context(output.open("wb", buffering=0)).fileno()
+        journal = stack.enter_context(output.with_suffix(".journal").open("wb", buffering=0)) if as_a_merge else None
         for tile, offset in enumerate(range(0, max(longest, output_bytes), TILE_BYTES), start=1):
             for source in sources:
                 os.preadv(source, [buffer], offset)
             if offset < output_bytes:
-                _write_fully(sink, view[: output_bytes - offset], offset)
-            if fdatasync and tile % FDATASYNC_EVERY_TILES == 0:
-                os.fdatasync(sink)
-        if fdatasync:
-            os.fdatasync(sink)
+                tile_view = view[: output_bytes - offset]
+                if journal is not None:
+                    digest.update(tile_view)
+                _write_fully(sink, tile_view, offset)
+            if journal is not None and tile % SYNC_EVERY_TILES == 0:
+                _promise(sink, journal, digest.hexdigest())
+        if journal is not None:
+            _promise(sink, journal, digest.hexdigest())
+
+
+def _promise(sink: int, journal: FileIO, checksum: str) -> None:
+    os.fdatasync(sink)
+    journal.write(f"{checksum}\n".encode())
+    os.fdatasync(journal.fileno())
 
 
 def _write_fully(sink: int, data: memoryview, offset: int) -> None:
@@ -52,14 +71,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--output-bytes", type=int, required=True)
     parser.add_argument("--passes", type=int, default=1)
-    parser.add_argument("--fdatasync", action="store_true")
+    parser.add_argument("--as-a-merge", action="store_true")
     options = parser.parse_args()
     run_loop(
         options.inputs,
         options.output,
         output_bytes=options.output_bytes,
         num_passes=options.passes,
-        fdatasync=options.fdatasync,
+        as_a_merge=options.as_a_merge,
     )
 
 
