@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +20,10 @@ from streammerge.run.check import verify as _verify
 from streammerge.run.compiling import Compile
 from streammerge.run.inspection import Inspection
 from streammerge.run.inspection import inspect as _inspect
-from streammerge.run.merge import Options, Report, Status
+from streammerge.run.merge import Options, Report
 from streammerge.run.merge import make_plan as _make_plan
 from streammerge.run.merge import merge as _merge
+from streammerge.run.walk import Status
 
 if TYPE_CHECKING:
     from streammerge.study.analysis import ProxyFindings
@@ -71,11 +73,14 @@ def merge(
     rng: Literal["position", "mergekit"] = "position",
     verify_inputs: bool = False,
     verify_output: bool = False,
+    executor: Executor | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Report:
     """Merge `recipe` into the directory `out`, going on where an earlier run stopped.
 
-    Sizes are bytes or text like "24GB". `note` is called with what the user should know. Raises StreamMergeError.
+    Sizes are bytes or text like "24GB". With an `executor` its workers make the shards, one at a time each: they must
+    see `out` and the inputs under the same paths, and memory and threads are those of every worker. `note` is called
+    with what the user should know. Raises StreamMergeError, and what the executor raises.
     """
     options = Options(_size(max_memory), _size(max_gpu_memory), device, threads, _shard_size(out_shard_size), compile,
                       seed, restart, strict, rng, verify_inputs, verify_output)  # fmt: skip
@@ -89,6 +94,11 @@ def merge(
             path, Path(out), work, study, _Silent(note), options.shard_bytes, verified=options.verify_inputs
         )
         path, options = decided_path(work), replace(options, verify_inputs=False)
+    if executor is not None:
+        from streammerge.cluster.executor import merge_over
+
+        observer = _Silent(note)
+        return merge_over(executor, path, Path(out), options, observer.note, observer.progress).report
     return _merge(path, Path(out), options, _Silent(note))
 
 

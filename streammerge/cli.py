@@ -6,25 +6,43 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from streammerge import __version__
-from streammerge.base.errors import OutputError, Stopped, StreamMergeError, UserError, VerificationFailed
-from streammerge.base.units import parse_shard_size, parse_size
+from streammerge import __version__, cluster_verbs
+from streammerge.base.errors import Stopped, UserError, VerificationFailed
+from streammerge.base.units import parse_size
+from streammerge.command import (
+    Compile,
+    Device,
+    Json,
+    MaxGpuMemory,
+    MaxMemory,
+    OutPath,
+    Quiet,
+    Random,
+    RecipePath,
+    Restart,
+    Seed,
+    ShardSize,
+    Strict,
+    Threads,
+    VerifyOutput,
+    Watcher,
+    make_options,
+    open_terminal,
+)
 from streammerge.ui import Steps, Terminal
 
 if TYPE_CHECKING:
-    from streammerge.plan.budget import Schedule
     from streammerge.plan.plan import Plan
     from streammerge.run.health import Health
     from streammerge.run.inspection import Inspection
-    from streammerge.run.merge import Options, Status
+    from streammerge.run.merge import Options, Report
     from streammerge.study.analysis import ProxyFindings
     from streammerge.study.findings import Findings
     from streammerge.study.workbench import StudyOptions
@@ -41,30 +59,13 @@ app = typer.Typer(
     "`streammerge RECIPE OUT` is short for `streammerge merge RECIPE OUT`.",
 )
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, mergekit's YAML.")]
-OutPath = Annotated[Path, typer.Argument(metavar="OUT", help="The output directory.")]
-MaxMemory = Annotated[
-    str | None, typer.Option(metavar="SIZE", help="Most memory of the whole process, like 24GB. Else a small default.")
-]
-MaxGpuMemory = Annotated[str | None, typer.Option(metavar="SIZE", help="Most memory to take on the GPU.")]
-Device = Annotated[str, typer.Option(metavar="cpu|cuda|cuda:N|auto", help="Where to compute.")]
-ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest output file, like 5GB.")]
-Threads = Annotated[
-    int | None,
-    typer.Option("--threads", "--num-threads", "-j", min=1, help="Threads that compute. Else all processors."),
-]
-Compile = Annotated[
-    Literal["auto", "on", "off"], typer.Option("--compile", help="Compile the arithmetic: same bits, faster.")
-]
-Seed = Annotated[int, typer.Option("--seed", "--random-seed", help="Seed of the methods that drop at random.")]
-Strict = Annotated[bool, typer.Option("--strict", help="Take unknown keys in the recipe for errors.")]
+
 TasksFile = Annotated[
     Path | None, typer.Option("--tasks", metavar="FILE", help="Tasks, a YAML list of {name, model, dev, test}.")
 ]
 Spill = Annotated[
     Path | None, typer.Option("--spill", metavar="DIR", help="Keep hidden states in files there, not in memory.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="JSON on stdout instead of text.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -86,22 +87,22 @@ def merge(
     threads: Threads = None,
     compile_: Compile = "auto",
     seed: Seed = 0,
-    rng: Annotated[
-        Literal["position", "mergekit"],
-        typer.Option("--rng", help="What DARE draws: bits by position, or the numbers mergekit draws for that seed."),
-    ] = "position",
-    restart: Annotated[bool, typer.Option("--restart", help="Throw away unfinished work in OUT first.")] = False,
+    rng: Random = "position",
+    restart: Restart = False,
     verify_inputs: Annotated[
         bool,
         typer.Option("--verify-inputs", help="First compare inputs with the checksums of their manifest or download."),
     ] = False,
-    verify_output: Annotated[
-        bool, typer.Option("--verify-output", help="At the end read OUT again, from the disk, as verify does.")
-    ] = False,
+    verify_output: VerifyOutput = False,
     spill: Spill = None,
+    dask: Annotated[
+        str | None,
+        typer.Option(metavar="local|slurm|ADDRESS", help="Merge with Dask's workers; the flags are for each of them."),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, metavar="N", help="How many of --dask local, or slurm at most.")] = 2,
     strict: Strict = False,
     profile: Annotated[bool, typer.Option("--profile", help="Say at the end where the time went.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only notes and errors.")] = False,
+    quiet: Quiet = False,
     as_json: Json = False,
     log: Annotated[Path | None, typer.Option(metavar="FILE", help="Append what happens to this file.")] = None,
 ) -> None:
@@ -109,9 +110,11 @@ def merge(
 
     A hi_merging recipe with tasks is analysed first: decisions and report are left in OUT.analysis beside OUT.
     """
-    with _terminal(quiet=quiet, as_json=as_json, log=log) as terminal:
+    with open_terminal(quiet=quiet, as_json=as_json, log=log) as terminal:
         device = "cuda" if cuda else device
-        options = _options(max_memory, max_gpu_memory, device, out_shard_size, threads, compile_, seed, restart, strict)
+        options = make_options(
+            max_memory, max_gpu_memory, device, out_shard_size, threads, compile_, seed, restart, strict
+        )
         options = replace(options, rng=rng, verify_inputs=verify_inputs, verify_output=verify_output)
         from streammerge import report
         from streammerge.run.merge import merge as run_merge
@@ -121,7 +124,11 @@ def merge(
         if decided != recipe:
             # The analysis has begun with that.
             options = replace(options, verify_inputs=False)
-        done = run_merge(decided, out, options, _Watcher(terminal))
+        done = (
+            run_merge(decided, out, options, Watcher(terminal))
+            if dask is None
+            else _merge_over_dask(terminal, decided, out, options, dask, workers)
+        )
         seconds = time.perf_counter() - _BEGAN
         terminal.rows("done", report.report_rows(done, seconds))
         if profile:
@@ -140,8 +147,8 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what merging RECIPE would do: tensors, passes, bytes, peak memory, disk. Writes nothing."""
-    with _terminal(as_json=as_json) as terminal:
-        options = _options(max_memory, None, "auto", out_shard_size, threads, "auto", seed, False, strict)
+    with open_terminal(as_json=as_json) as terminal:
+        options = make_options(max_memory, None, "auto", out_shard_size, threads, "auto", seed, False, strict)
         from streammerge import report
         from streammerge.run.compiling import consider
         from streammerge.run.estimate import estimate_seconds
@@ -173,9 +180,13 @@ def analyze(
     threads: Threads = None,
     compile_: Compile = "auto",
     spill: Spill = None,
+    team: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Score with other processes that run this same command, some N in all."),
+    ] = None,
     seed: Seed = 0,
     strict: Strict = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only notes and errors.")] = False,
+    quiet: Quiet = False,
     as_json: Json = False,
     log: Annotated[Path | None, typer.Option(metavar="FILE", help="Append what happens to this file.")] = None,
 ) -> None:
@@ -184,15 +195,23 @@ def analyze(
     NEW is an ordinary recipe that runs without data. Beside it, NEW.analysis holds the report (HTML, JSON, pictures)
     and every score: run again after a stop, it goes on.
     """
-    with _terminal(quiet=quiet, as_json=as_json, log=log) as terminal:
+    with open_terminal(quiet=quiet, as_json=as_json, log=log) as terminal:
         options = _study_options(max_memory, device, threads, compile_, spill, seed, strict)
+        from streammerge.cluster.rank import find_rank
         from streammerge.study.analysis import analysis_folder, analyze_recipe
+        from streammerge.study.team import open_team
 
         work = analysis_folder(out)
         terminal.log(f"streammerge {__version__}: analyze {recipe} into {out}")
-        with terminal.steps() as steps:
-            findings = analyze_recipe(recipe, out, work, options, _Student(terminal, steps), tasks_file=tasks)
-        _show_findings(terminal, findings, work)
+        with ExitStack() as stack:
+            if team is not None:
+                own = stack.enter_context(open_team(work / "team", find_rank(None, None).name, team))
+                options = replace(options, team=own)
+            with terminal.steps() as steps:
+                findings = analyze_recipe(recipe, out, work, options, _Student(terminal, steps), tasks_file=tasks)
+            if options.team is not None:
+                stack.enter_context(options.team.alone("report"))
+            _show_findings(terminal, findings, work)
         terminal.rows("analyze", [("recipe", str(out)), ("time", f"{time.perf_counter() - _BEGAN:.0f} s")])
 
 
@@ -213,11 +232,11 @@ def evaluate(
     spill: Spill = None,
     seed: Seed = 0,
     strict: Strict = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only notes and errors.")] = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Score any number of recipes on tasks, in one read of the weights. Writes no checkpoint."""
-    with _terminal(quiet=quiet, as_json=as_json) as terminal:
+    with open_terminal(quiet=quiet, as_json=as_json) as terminal:
         options = _study_options(max_memory, device, threads, compile_, spill, seed, strict)
         from streammerge import analysis_report
         from streammerge.study.evaluation import evaluate as run_evaluate
@@ -231,7 +250,7 @@ def evaluate(
 @app.command()
 def verify(out: OutPath, as_json: Json = False) -> None:
     """Read a finished OUT again and compare every byte with its checksums; name what is wrong."""
-    with _terminal(as_json=as_json) as terminal:
+    with open_terminal(as_json=as_json) as terminal:
         from streammerge import report
         from streammerge.run.check import verify as run_verify
 
@@ -254,7 +273,7 @@ def inspect(
 
     Reads headers only, unless --health is asked for.
     """
-    with _terminal(as_json=as_json) as terminal:
+    with open_terminal(as_json=as_json) as terminal:
         memory = None if max_memory is None else parse_size(max_memory, flag="--max-memory")
         from streammerge import report
         from streammerge.run.inspection import inspect as run_inspect
@@ -302,14 +321,14 @@ def diff(
     ] = None,
     max_memory: MaxMemory = None,
     threads: Threads = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only notes and errors.")] = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Compare models A and B layer by layer: size of the difference, cosine, share of changed elements.
 
     With a base C also how their deltas lie to each other, and the share of elements they move in opposite directions.
     """
-    with _terminal(quiet=quiet, as_json=as_json) as terminal:
+    with open_terminal(quiet=quiet, as_json=as_json) as terminal:
         memory = None if max_memory is None else parse_size(max_memory, flag="--max-memory")
         from streammerge import difference_report
         from streammerge.run.difference import compare
@@ -338,7 +357,7 @@ def methods(
     as_json: Json = False,
 ) -> None:
     """List the merge methods, or show what NAME does: formula, parameters, passes, source."""
-    with _terminal(as_json=as_json) as terminal:
+    with open_terminal(as_json=as_json) as terminal:
         from streammerge import methods_report
         from streammerge.methods import METHODS
         from streammerge.plan.recipe import nearest
@@ -376,11 +395,15 @@ def clean(
     remove: Annotated[bool, typer.Option("--remove", help="Remove them; without it they are only listed.")] = False,
 ) -> None:
     """List what an abandoned merge left in OUT, or remove it."""
-    with _terminal() as terminal:
+    with open_terminal() as terminal:
         from streammerge.run.output import clean as run_clean
 
         files = run_clean(out, remove=remove)
         terminal.lines([f"{'removed' if remove else 'left over'}  {file}" for file in files] or ["nothing left over"])
+
+
+for verb in cluster_verbs.VERBS:
+    app.command()(verb)
 
 
 @app.command()
@@ -388,8 +411,8 @@ def demo(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it.")] = Path("streammerge-demo"),
 ) -> None:
     """Merge the tiny trained models that ship with the package by several methods, and let them speak."""
-    with _terminal() as terminal:
-        options = _options(None, None, "cpu", "5GB", None, "off", 0, False, False)
+    with open_terminal() as terminal:
+        options = make_options(None, None, "cpu", "5GB", None, "off", 0, False, False)
         from streammerge import report
         from streammerge.demo import PROMPTS, unpack
         from streammerge.run.check import verify as run_verify
@@ -404,7 +427,7 @@ def demo(
             merged[method] = directory / f"merged-{method}"
             terminal.lines(["", f"$ streammerge {recipe} {merged[method]}"])
             began = time.perf_counter()
-            done = run_merge(recipe, merged[method], options, _Watcher(terminal))
+            done = run_merge(recipe, merged[method], options, Watcher(terminal))
             terminal.rows("done", report.report_rows(done, time.perf_counter() - began))
         terminal.lines(["", f"$ streammerge verify {merged['ties']}"])
         terminal.rows("verify", report.verdict_rows(run_verify(merged["ties"])))
@@ -420,7 +443,7 @@ def demo(
         terminal.lines(["", f"$ streammerge {made.hi_merging} {merged['hi_merging']}"])
         began = time.perf_counter()
         decided = _analysed(terminal, made.hi_merging, merged["hi_merging"], options, None)
-        done = run_merge(decided, merged["hi_merging"], options, _Watcher(terminal))
+        done = run_merge(decided, merged["hi_merging"], options, Watcher(terminal))
         terminal.rows("done", report.report_rows(done, time.perf_counter() - began))
         scored = [*made.models.values(), *made.recipes.values(), merged["hi_merging"]]
         terminal.lines(["", f"$ streammerge eval {' '.join(map(str, scored))} --tasks {made.tasks} --split test"])
@@ -436,38 +459,18 @@ def demo(
             terminal.lines([f"    {prompt}{answer}" for prompt, answer in zip(prompts, answers, strict=True)])
 
 
-class _Watcher:
-    """Tells a terminal what a merge does."""
+def _merge_over_dask(terminal: Terminal, recipe: Path, out: Path, options: Options, where: str,
+                     workers: int) -> Report:  # fmt: skip
+    from streammerge import cluster_report
+    from streammerge.cluster.dask import dask_executor
+    from streammerge.cluster.executor import merge_over
 
-    def __init__(self, terminal: Terminal) -> None:
-        self._terminal = terminal
-        self._allowed = 0
-
-    def note(self, text: str) -> None:
-        self._terminal.note(text)
-
-    def planned(self, plan: Plan, schedule: Schedule, resumed: int, seconds: float) -> None:
-        from streammerge import report
-        from streammerge.run.sidefiles import side_files
-
-        self._allowed = schedule.limit_bytes
-        rows = report.plan_rows(plan, schedule, seconds, list(side_files(plan)))
-        shown = ("method", "models", "tensors", "passes", "peak memory", "time")
-        self._terminal.rows("plan", [row for row in rows if row[0] in shown])
-        if resumed:
-            self._terminal.rows(
-                "plan", [("resuming", f"{resumed:,} of {len(plan.tensors):,} tensors are done already")]
-            )
-        self._terminal.event("plan", {"digest": plan.digest, "tensors": len(plan.tensors), "resumed": resumed,
-                                      "bytes_to_write": plan.bytes_to_write,
-                                      "peak_bytes": schedule.peak_bytes})  # fmt: skip
-
-    def running(self, status: Callable[[], Status], read_bytes: int, write_bytes: int) -> AbstractContextManager[None]:
-        def numbers() -> tuple[int, int, int]:
-            now = status()
-            return now.read_bytes, now.written_bytes, now.own_bytes
-
-        return self._terminal.progress(read_bytes + write_bytes, numbers, self._allowed)
+    with dask_executor(where, workers) as executor, terminal.steps() as steps:
+        steps.stage(f"merging over Dask, {where}")
+        done = merge_over(executor, recipe, out, options, terminal.note, steps.progress)
+    if done.workers:
+        terminal.table("workers", cluster_report.workers_table(done.workers))
+    return done.report
 
 
 class _Student:
@@ -548,42 +551,6 @@ def _study_options(max_memory: str | None, device: str, threads: int | None,
     from streammerge.study.workbench import StudyOptions
 
     return StudyOptions(size, device, threads, compile_, spill, seed, strict)
-
-
-def _options(max_memory: str | None, max_gpu_memory: str | None, device: str, out_shard_size: str,
-             threads: int | None, compile_: Literal["auto", "on", "off"], seed: int, restart: bool,
-             strict: bool) -> Options:  # fmt: skip
-    memory = None if max_memory is None else parse_size(max_memory, flag="--max-memory")
-    gpu_memory = None if max_gpu_memory is None else parse_size(max_gpu_memory, flag="--max-gpu-memory")
-    shard_bytes = parse_shard_size(out_shard_size)
-    from streammerge.run.merge import Options
-
-    return Options(
-        memory, gpu_memory, device, threads, shard_bytes, compile_, seed=seed, restart=restart, strict=strict
-    )  # fmt: skip
-
-
-@contextmanager
-def _terminal(*, quiet: bool = False, as_json: bool = False, log: Path | None = None) -> Iterator[Terminal]:
-    """A terminal; errors of ours are printed on it and end the program with their exit code."""
-    try:
-        terminal = Terminal(quiet=quiet, as_json=as_json, log=log)
-    except OSError as error:
-        Terminal().error(f"--log: {log}: cannot be written: {error.strerror}.")
-        raise typer.Exit(OutputError.exit_code) from None
-    try:
-        yield terminal
-    except StreamMergeError as error:
-        terminal.error(_named(error))
-        raise typer.Exit(error.exit_code) from None
-    finally:
-        terminal.close()
-
-
-def _named(error: StreamMergeError) -> str:
-    """The message, after the error's name where that says more than `error`."""
-    plain = type(error) in (StreamMergeError, UserError, Stopped)
-    return str(error) if plain else f"{type(error).__name__}: {error}"
 
 
 def main() -> None:

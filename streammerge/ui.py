@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -89,12 +90,7 @@ class Terminal:
             self._write_log(f"{title}: {label}: {text}")
         if self._quiet or self._json:
             return
-        table = Table.grid(padding=(0, 2))
-        table.add_column(style="bold")
-        table.add_column(overflow="fold")
-        for label, text in rows:
-            table.add_row(label, Text(printable(text)))
-        self._out.print(table, soft_wrap=False)
+        self._out.print(_grid(rows), soft_wrap=False)
 
     def lines(self, lines: Sequence[str]) -> None:
         """Plain lines on stdout: what the user asked to see."""
@@ -130,6 +126,19 @@ class Terminal:
         finally:
             steps.close()
 
+    @contextmanager
+    def live(self) -> Iterator[Callable[[Sequence[tuple[str, str]], Sequence[Sequence[str]]], None]]:
+        """A function that shows rows and a table in the place of those before; one below the other if no terminal."""
+        if self._json:
+            yield lambda rows, table: None
+        elif not self._out.is_terminal:
+            yield lambda rows, table: self._out.print(_grid(rows), *([_table(table)] if table else []))
+        else:
+            with Live(console=self._out, auto_refresh=False) as live:
+                yield lambda rows, table: live.update(
+                    Group(_grid(rows), *([_table(table)] if table else [])), refresh=True
+                )
+
     def step_line(self, text: str) -> None:
         """One line about a stage that begins or goes on, on stderr."""
         self._write_log(text)
@@ -142,13 +151,7 @@ class Terminal:
             self._write_log(f"{title}: {' | '.join(row)}")
         if self._quiet or self._json:
             return
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for i, heading in enumerate(rows[0]):
-            justify: Literal["left", "right"] = "left" if i == 0 or not numbers else "right"
-            table.add_column(Text(printable(heading)), justify=justify, overflow="fold", no_wrap=i == 0)
-        for row in rows[1:]:
-            table.add_row(*(Text(printable(cell)) for cell in row))
-        self._out.print(table, soft_wrap=False)
+        self._out.print(_table(rows, numbers=numbers), soft_wrap=False)
 
     def _show_bar(
         self, stop: threading.Event, total: int, status: Callable[[], tuple[int, int, int]], allowed: int
@@ -244,3 +247,24 @@ class Steps:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def _grid(rows: Sequence[tuple[str, str]]) -> Table:
+    """Labels and texts."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for label, text in rows:
+        table.add_row(label, Text(printable(text)))
+    return table
+
+
+def _table(rows: Sequence[Sequence[str]], *, numbers: bool = True) -> Table:
+    """A table; the first row is its heading."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, heading in enumerate(rows[0]):
+        justify: Literal["left", "right"] = "left" if i == 0 or not numbers else "right"
+        table.add_column(Text(printable(heading)), justify=justify, overflow="fold", no_wrap=i == 0)
+    for row in rows[1:]:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    return table

@@ -1,7 +1,8 @@
 """Imports go one way (design.md, section 2), and what is light stays light.
 
 cli, ui, report, api → anything
-study → run → plan → methods, kernels, storage → base;  methods → kernels → base;  storage and kernels never meet
+cluster → study → run → plan → methods, kernels, storage → base;  methods → kernels → base
+storage and kernels never meet
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": {"methods", "kernels", "storage", "base"},
     "run": {"plan", "methods", "kernels", "storage", "base"},
     "study": {"run", "plan", "methods", "kernels", "storage", "base"},
+    "cluster": {"study", "run", "plan", "methods", "kernels", "storage", "base"},
 }
 # Modules of the front, which may import anything.
 FRONT = {
@@ -37,6 +39,9 @@ FRONT = {
     "analysis_report",
     "api",
     "cli",
+    "cluster_report",
+    "cluster_verbs",
+    "command",
     "difference_report",
     "methods_report",
     "report",
@@ -47,8 +52,10 @@ FRONT = {
 # Libraries that belong to certain rooms or files.
 HOMES: dict[str, tuple[str, ...]] = {
     "rich": ("ui.py",),
-    "typer": ("cli.py",),
+    "typer": ("cli.py", "cluster_verbs.py", "command.py"),
     "click": ("cli.py",),
+    "distributed": ("cluster/dask.py",),
+    "dask_jobqueue": ("cluster/dask.py",),
     "transformers": ("study/", "plan/vocab.py"),
     "matplotlib": ("analysis_page.py",),
     "accelerate": ("study/", "run/team.py"),

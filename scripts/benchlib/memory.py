@@ -1,4 +1,4 @@
-"""Peak memory against model size, at one budget: it should not move.
+"""Peak memory and cost per byte against model size, at one budget: they should not move.
 
 Synthetic bf16 checkpoints of each size, merged by linear (two models) and by ties (two models and a base) within
 --max-memory 700MB. Only two models are on disk: the base of ties is `a`, its models are `b` and a hard link to `b`.
@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from benchlib.checkpoints import (
-    BYTES_PER_ELEMENT,
     TINYLLAMA,
     WEIGHTS_NAME,
     CheckpointSpec,
@@ -29,7 +28,7 @@ from benchlib.project import ROOT, child_environment, streammerge_command
 from benchlib.recipes import METHODS, write_recipe
 from benchlib.tables import format_mib, markdown_facts, markdown_table, save_json
 
-SUMMARY = "peak memory against model size, at one budget"
+SUMMARY = "peak memory and cost per byte against model size, at one budget"
 RECIPES = (METHODS["linear"], replace(METHODS["ties"], models=("b", "b-again"), base="a"))
 
 
@@ -41,7 +40,7 @@ class Peak:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sizes", default="1,4,8", metavar="GB,…", help="sizes of one model (default: %(default)s)")
+    parser.add_argument("--sizes", default="0.3,1,4,8", metavar="GB,…", help="of one model (default: %(default)s)")
     parser.add_argument("--max-memory", default="700MB", metavar="SIZE", help="the budget (default: %(default)s)")
 
 
@@ -49,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         sizes = [float(size) for size in options.sizes.split(",")]
     except ValueError:
-        raise BenchError(f"--sizes {options.sizes}: expected numbers of gigabytes, such as 1,4,8.") from None
+        raise BenchError(f"--sizes {options.sizes}: expected numbers of gigabytes, such as 0.3,1,4,8.") from None
     facts = {**describe_machine(), "environment": describe_versions(), "budget": options.max_memory}
     peaks: list[Peak] = []
     directory: Path = options.work / "memory"
@@ -59,10 +58,10 @@ def run(options: argparse.Namespace) -> int:
             shape = _shape_of_size(int(size * 1e9))
             spec = CheckpointSpec(models=("a", "b"), tensors=shape.tensors, config=shape.config, repeat_noise=True)
             checkpoints = prepare_checkpoints(directory / "inputs", spec)
-            checkpoints["b-again"] = _link_again(checkpoints["b"])
+            checkpoints["b-again"] = link_again(checkpoints["b"])
             for method in RECIPES:
                 recipe = write_recipe(directory / f"{method.name}.yml", method, checkpoints)
-                measurement = _merge(recipe, directory / "merged", options.max_memory, spec.tensor_bytes)
+                measurement = merge_within(recipe, directory / "merged", options.max_memory, spec.tensor_bytes)
                 peaks.append(Peak(method.name, spec.tensor_bytes, measurement))
                 save_json(options.json, {"facts": facts, "runs": [asdict(peak) for peak in peaks]})
     finally:
@@ -79,7 +78,7 @@ def _shape_of_size(wanted_bytes: int) -> LlamaShape:
     return replace(TINYLLAMA, layers=max(1, 1 + round((wanted_bytes - one) / per_layer)))
 
 
-def _link_again(checkpoint: Path) -> Path:
+def link_again(checkpoint: Path) -> Path:
     again = checkpoint.with_name(checkpoint.name + "-again")
     again.mkdir()
     shutil.copyfile(checkpoint / "config.json", again / "config.json")
@@ -87,7 +86,7 @@ def _link_again(checkpoint: Path) -> Path:
     return again
 
 
-def _merge(recipe: Path, output: Path, max_memory: str, output_bytes: int) -> Measurement:
+def merge_within(recipe: Path, output: Path, max_memory: str, output_bytes: int) -> Measurement:
     print(f"{recipe.stem} of {output_bytes / 1e9:.2f} GB: ", end="", file=sys.stderr, flush=True)
     command = [*streammerge_command(), str(recipe), str(output), "--max-memory", max_memory, "--json"]
     measurement = measure(command, cwd=ROOT, environment=child_environment(), sync_at=output.parent)
@@ -101,13 +100,14 @@ def _merge(recipe: Path, output: Path, max_memory: str, output_bytes: int) -> Me
 
 
 def _print_peaks(peaks: Sequence[Peak]) -> None:
-    headers = ["method", "model GB", "Mi elements", "seconds", "VmHWM MiB", "anon + shmem MiB"]
+    headers = ["method", "model GB", "seconds", "merging s", "merging s per GB", "VmHWM MiB", "anon + shmem MiB"]
     rows = [
         [
             peak.method,
             f"{peak.model_bytes / 1e9:.2f}",
-            f"{peak.model_bytes / BYTES_PER_ELEMENT / 2**20:,.0f}",
             f"{peak.measurement.seconds:.1f}",
+            f"{peak.measurement.report['engine_seconds']:.1f}",
+            f"{peak.measurement.report['engine_seconds'] / peak.model_bytes * 1e9:.2f}",
             format_mib(peak.measurement.largest_process_bytes),
             format_mib(peak.measurement.peak_anonymous_bytes),
         ]

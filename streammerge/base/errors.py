@@ -72,3 +72,9 @@ class Stopped(StreamMergeError):
     """A signal stopped the merge; what was finished is in the journal."""
 
     exit_code = 75
+
+
+def error_of(exit_code: int) -> type[StreamMergeError]:
+    """The plainest kind of error with an exit code: for errors that other processes have written down."""
+    kinds = (UserError, DoesNotFit, InputError, VerificationFailed, Stopped)
+    return next((kind for kind in kinds if kind.exit_code == exit_code), StreamMergeError)

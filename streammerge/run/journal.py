@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from streammerge.storage.lines import checked_line, read_lines
 from streammerge.storage.local import sync_directory
@@ -30,6 +30,13 @@ class Done:
     xxh3_128: str
     nonfinite_inputs: tuple[int, ...] = ()
     nonfinite_output: int = 0
+
+
+class Record(Protocol):
+    """Where finished tensors are written down."""
+
+    def append(self, tensors: Sequence[Done]) -> None:
+        """Record tensors whose bytes are on disk."""
 
 
 class Journal:
@@ -79,7 +86,7 @@ class Journal:
         lines, sound = read_lines(content)
         found: dict[str, Done] = {}
         for fields in lines:
-            done = _done(fields)
+            done = read_done(fields)
             if done is None:
                 return 0
             found[done.tensor] = done
@@ -87,7 +94,7 @@ class Journal:
         return sound
 
 
-def _done(fields: dict[str, Any]) -> Done | None:
+def read_done(fields: dict[str, Any]) -> Done | None:
     """What a line says, or None if it is no journal's."""
     try:
         done = Done(**fields | {"nonfinite_inputs": tuple(fields["nonfinite_inputs"])})

@@ -8,45 +8,37 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, Protocol
-
-import torch
+from typing import Literal, Protocol
 
 from streammerge.base.errors import DoesNotFit, RecipeError, Stopped, UserError, VerificationFailed
 from streammerge.base.units import format_size
-from streammerge.kernels.compiled import Cache, Run, Signature
-from streammerge.kernels.contract import Program
 from streammerge.plan.adapter import CONFIG_NAME as ADAPTER_CONFIG_NAME
-from streammerge.plan.budget import Schedule, bytes_to_read, make_schedule
+from streammerge.plan.budget import Schedule, make_schedule
 from streammerge.plan.layout import DEFAULT_SHARD_BYTES, index_file
 from streammerge.plan.plan import Plan, build_plan
 from streammerge.plan.recipe import Recipe, load_recipe
 from streammerge.plan.tensor import TensorPlan
-from streammerge.run.arena import Arena
 from streammerge.run.check import verify, verify_inputs
 from streammerge.run.compiling import Compile, consider
 from streammerge.run.configuration import CONFIG_NAME, architecture, lost_tokens
-from streammerge.run.engine import Engine
 from streammerge.run.estimate import estimate_seconds
-from streammerge.run.gpu import CudaLane, choose_device
-from streammerge.run.journal import Journal
-from streammerge.run.lane import CpuLane, Lane
-from streammerge.run.looking import Looker
+from streammerge.run.gpu import choose_device
+from streammerge.run.journal import Done, Journal
 from streammerge.run.manifest import manifest
 from streammerge.run.memory import Meter, memory_limit, processors, refusals, usage
 from streammerge.run.models import open_models
 from streammerge.run.output import MANIFEST_NAME, check_apart, claim, finish, finished_digest, is_complete, trust
-from streammerge.run.pipeline import READ_THREADS, ReadAhead, WriteBehind
+from streammerge.run.pipeline import READ_THREADS
 from streammerge.run.profile import NOTHING_DONE, Profile
 from streammerge.run.sidefiles import left_files, side_files
-from streammerge.run.survey import SurveyBook, survey
+from streammerge.run.survey import SurveyBook
+from streammerge.run.walk import Equipment, Status, Walked, walk
 from streammerge.storage.sink import Shard, free_bytes, partial_path, write_file
-from streammerge.storage.source import Source
 
 
 @dataclass(frozen=True)
@@ -65,15 +57,6 @@ class Options:
     rng: Literal["position", "mergekit"] = "position"
     verify_inputs: bool = False
     verify_output: bool = False
-
-
-@dataclass(frozen=True)
-class Status:
-    """How far a merge is."""
-
-    read_bytes: int
-    written_bytes: int
-    own_bytes: int
 
 
 @dataclass(frozen=True)
@@ -175,14 +158,14 @@ def merge(recipe_path: Path, out: Path, options: Options, observer: Observer) ->
         observer.note(sentence)
     check_apart(out, plan.checkpoints)
     if finished_digest(out) == plan.digest:
-        return _finished_before(plan, out, options)
+        return finished_before(plan, out, options)
     device = choose_device(options.device)
     if plan.draws_in_turn and device.type != "cpu":
         raise UserError("--rng mergekit: numbers are drawn in mergekit's order on the CPU only; add --device cpu.")
     schedule = schedule_for(plan, options)
     check_disk(plan, out)
     # Written last, read now too: what is wrong with them is said before the work.
-    files = _file_names(plan, side_files(plan))
+    files = file_names(plan, side_files(plan))
     if options.verify_inputs:
         verify_inputs(plan.checkpoints, observer.note)
     with ExitStack() as stack:
@@ -191,7 +174,7 @@ def merge(recipe_path: Path, out: Path, options: Options, observer: Observer) ->
         if is_complete(out, plan, files):
             # The run before was stopped while it removed its work folder.
             finish(out)
-            return _finished_before(plan, out, options)
+            return finished_before(plan, out, options)
         journal = Journal(work / "journal")
         stack.callback(journal.close)
         trust(out, plan, journal)
@@ -203,22 +186,21 @@ def merge(recipe_path: Path, out: Path, options: Options, observer: Observer) ->
         compiling.build(observer.note)
         compiled = time.perf_counter()
         meter = stack.enter_context(Meter())
-        read, written, spent = _run(
-            plan, schedule, pending, out, work, journal, device, compiling.cache, options, observer, meter, stopping
-        )
+        equipment = Equipment(schedule, device, compiling.cache, options.max_gpu_memory, options.max_memory is not None)
+        walked = _merge_rest(plan, pending, out, work, journal, equipment, observer, meter, stopping)
         merged = time.perf_counter()
-        _publish_rest(plan, out, journal)
+        publish_rest(plan, out, journal.done)
         finished = time.perf_counter()
     if options.verify_output:
-        _verify_output(out)
+        verify_output(out)
     return Report(
         out=out,
         digest=plan.digest,
         already_finished=False,
         tensors=len(plan.tensors),
         resumed=len(plan.tensors) - len(pending),
-        read_bytes=read,
-        written_bytes=written,
+        read_bytes=walked.read_bytes,
+        written_bytes=walked.written_bytes,
         peak_bytes=usage().peak_resident,
         peak_own_bytes=meter.peak_own,
         profile=Profile(
@@ -228,99 +210,58 @@ def merge(recipe_path: Path, out: Path, options: Options, observer: Observer) ->
             finishing=finished - merged,
             readers=READ_THREADS,
             threads=schedule.threads,
-            **spent,
+            **walked.spent,
         ),
-        nonfinite={
-            name: (sum(done.nonfinite_inputs), done.nonfinite_output)
-            for name, done in journal.done.items()
-            if done.nonfinite_output or any(done.nonfinite_inputs)
-        },
+        nonfinite=count_nonfinite(journal.done),
     )
 
 
-def _run(plan: Plan, schedule: Schedule, pending: list[TensorPlan], out: Path, work: Path, journal: Journal,
-         device: torch.device, cache: Cache | None, options: Options, observer: Observer, meter: Meter,
-         stopping: Callable[[], bool]) -> tuple[int, int, dict[str, Any]]:  # fmt: skip
-    """Merge the pending tensors. Returns bytes read and written, and where the time went."""
-    remaining = dict.fromkeys(range(len(plan.shards)), 0)
-    for tensor in pending:
-        remaining[tensor.shard] += 1
+def count_nonfinite(done: Mapping[str, Done]) -> dict[str, tuple[int, int]]:
+    """Per tensor with NaN or infinities, their number in the inputs and in the result."""
+    return {
+        name: (sum(each.nonfinite_inputs), each.nonfinite_output)
+        for name, each in done.items()
+        if each.nonfinite_output or any(each.nonfinite_inputs)
+    }
+
+
+def _merge_rest(plan: Plan, pending: list[TensorPlan], out: Path, work: Path, journal: Journal, equipment: Equipment,
+                observer: Observer, meter: Meter, stopping: Callable[[], bool]) -> Walked:  # fmt: skip
+    """Merge the pending tensors into the shards of OUT."""
 
     def open_shard(number: int) -> Shard:
         shard = plan.shards[number]
         return Shard(out / shard.name, shard.header, shard.nbytes)
 
-    for number, count in remaining.items():
+    waiting = {tensor.shard for tensor in pending}
+    for number, shard in enumerate(plan.shards):
         # Every tensor is on disk, but the run ended before the shard got its name.
-        if count == 0 and partial_path(out / plan.shards[number].name).exists():
+        if number not in waiting and partial_path(out / shard.name).exists():
             open_shard(number).publish()
-
-    with ExitStack() as stack:
-        touch = options.max_memory is not None
-        arena = Arena(schedule.slots, schedule.slot_bytes, schedule.scratch_bytes, touch=touch)
-        sources = []
-        for checkpoint in plan.checkpoints:
-            source = Source(checkpoint)
-            stack.callback(source.close)
-            sources.append(source)
-        lane = _lane(device, arena, schedule, cache, options)
-        stack.callback(lane.close)
-        reader = ReadAhead(sources, arena, READ_THREADS)
-        stack.callback(reader.close)
-
-        def check_inputs() -> None:
-            for source in sources:
-                source.check_unchanged()
-
-        writer = WriteBehind(journal, open_shard, schedule.dirty_bytes, remaining, check_inputs)
-        looker = Looker(schedule, sources=sources, arena=arena, reader=reader, lane=lane, stopping=stopping)
-
-        def status() -> Status:
-            return Status(reader.bytes_read, writer.bytes_written, meter.now_own)
-
-        to_read, to_write = bytes_to_read((*pending, *plan.asked), schedule), sum(tensor.nbytes for tensor in pending)
-        with observer.running(status, to_read, to_write):
-            try:
-                tensors = survey(plan, pending, looker, reader, SurveyBook(work, plan.digest))
-                Engine(plan, schedule, looker=looker, reader=reader, writer=writer).run(tensors)
-            finally:
-                # Also when stopped or failed: what is finished goes to disk and into the journal.
-                writer.close()
-        spent: dict[str, Any] = {name: reader.spent.of(name) for name in ("reading", "waiting")}
-        spent |= {name: writer.spent.of(name) for name in ("unready", "hashing", "writing", "syncing")}
-        return reader.bytes_read, writer.bytes_written, spent | {"programs": lane.spent.all}
+    book = SurveyBook(work, plan.digest)
+    return walk(plan, pending, equipment, journal, open_shard, book, meter, stopping, observer.running)
 
 
-def _lane(device: torch.device, arena: Arena, schedule: Schedule, cache: Cache | None, options: Options) -> Lane:
-    if device.type == "cuda":
-        return CudaLane(device, arena, options.max_gpu_memory)
-
-    def find(program: Program, signature: Signature) -> Run | None:
-        return cache.load(program, signature, schedule.threads) if cache is not None else None
-
-    return CpuLane(schedule.threads, find)
-
-
-def _publish_rest(plan: Plan, out: Path, journal: Journal) -> None:
+def publish_rest(plan: Plan, out: Path, done: Mapping[str, Done]) -> None:
     """Side files, manifest, and last of all the index: then the output is complete."""
     files = side_files(plan)
     index = index_file(plan.shards)
     for name, content in files.items():
         write_file(out / name, content)
-    write_file(out / MANIFEST_NAME, manifest(plan, journal.done, files | dict([index] if index else [])))
+    write_file(out / MANIFEST_NAME, manifest(plan, done, files | dict([index] if index else [])))
     if index is not None:
         write_file(out / index[0], index[1])
     finish(out)
 
 
-def _verify_output(out: Path) -> None:
+def verify_output(out: Path) -> None:
     """Read OUT again from the disk. Raises VerificationFailed."""
     if problems := verify(out).problems:
         advice = f"The disk, or what lies before it, changed what was written. Remove {out} and merge to another one."
         raise VerificationFailed("\n".join((*problems, advice)))
 
 
-def _file_names(plan: Plan, beside: Iterable[str]) -> list[str]:
+def file_names(plan: Plan, beside: Iterable[str]) -> list[str]:
     """Every file that OUT will hold, with those beside the weights."""
     index = index_file(plan.shards)
     return [*(shard.name for shard in plan.shards), *beside, MANIFEST_NAME, *([index[0]] if index else [])]
@@ -348,16 +289,20 @@ def check_disk(plan: Plan, out: Path) -> None:
         )
 
 
-def _finished_before(plan: Plan, out: Path, options: Options) -> Report:
+def finished_before(plan: Plan, out: Path, options: Options) -> Report:
+    """The report of a merge that was complete before. Raises VerificationFailed if asked to look and it is not."""
     if options.verify_output:
-        _verify_output(out)
+        verify_output(out)
     return Report(out, plan.digest, True, len(plan.tensors), len(plan.tensors), 0, 0, usage().peak_resident,
                   usage().own, NOTHING_DONE, {})  # fmt: skip
 
 
 @contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """SIGINT, SIGTERM and SIGHUP ask to stop; a second SIGINT stops at once, as a crash would: still resumable."""
+def stop_signals(*others: signal.Signals) -> Iterator[Callable[[], bool]]:
+    """SIGINT, SIGTERM, SIGHUP, and `others`, ask to stop; a second SIGINT stops at once, as a crash would.
+
+    After either what was begun can be resumed.
+    """
     asked: list[int] = []
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -370,7 +315,8 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         # Only the main thread may set handlers; elsewhere whoever owns the process stops it.
         yield lambda: False
         return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *others)
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield lambda: bool(asked)
     except Stopped:

@@ -6,6 +6,7 @@ leftovers  what an abandoned merge left behind
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -24,6 +25,9 @@ from streammerge.storage.local import is_file, sync_directory
 from streammerge.storage.sink import PARTIAL_SUFFIX, partial_path, translate, write_file
 
 MANIFEST_NAME = "streammerge.manifest.json"
+# In the work folder: what workers of a cluster run leave for each other.
+CLUSTER_FOLDER = "cluster"
+_REMOVALS = 5
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
@@ -41,10 +45,10 @@ def check_apart(out: Path, checkpoints: Sequence[Checkpoint]) -> None:
 
 def finished_digest(out: Path) -> str | None:
     """The digest of the plan that OUT is the finished result of, or None."""
-    return None if (out / WORK_FOLDER).exists() else _manifest_digest(out)
+    return None if (out / WORK_FOLDER).exists() else manifest_digest(out)
 
 
-def _manifest_digest(out: Path) -> str | None:
+def manifest_digest(out: Path) -> str | None:
     """What the manifest says of its plan, None where there is no manifest. Raises OutputError when it is damaged."""
     manifest = out / MANIFEST_NAME
     if not manifest.exists():
@@ -65,10 +69,11 @@ def check_usable(out: Path) -> None:
 
 
 @contextmanager
-def claim(out: Path, plan: Plan, files: Sequence[str], *, restart: bool) -> Iterator[Path]:
+def claim(out: Path, plan: Plan, files: Sequence[str], *, restart: bool, joins: bool = False) -> Iterator[Path]:
     """Take OUT over: yields its work folder, locked, with this plan and the names of all `files` to come written in it.
 
-    Raises OutputError when OUT holds something else, is locked, or belongs to another plan.
+    Raises OutputError when OUT holds something else, is locked, belongs to another plan, or, unless `joins`, to a
+    cluster run.
     """
     work = out / WORK_FOLDER
     _check_free(out, work, plan)
@@ -79,13 +84,26 @@ def claim(out: Path, plan: Plan, files: Sequence[str], *, restart: bool) -> Iter
     with _locked(out, work):
         if restart:
             delete(leftovers(out))
+            # With its folders: a worker that lives on finds nowhere to put what it has made.
+            shutil.rmtree(work / CLUSTER_FOLDER, ignore_errors=True)
+        elif not joins and (work / CLUSTER_FOLDER / "job.json").exists():
+            raise OutputError(
+                f"{out}: belongs to a cluster run. `streammerge work {out}` joins it, `streammerge finalize {out}` "
+                "completes it once all is done, --restart throws its work away."
+            )
         record = work / "plan.json"
         if record.exists():
-            _compare(out, _read_json(record, "Give --restart to begin again, or choose another directory."), plan)
+            check_record(out, plan)
         else:
             content = {"digest": plan.digest, "facts": plan.facts, "files": files}
             write_file(record, json.dumps(content, indent=1).encode())
         yield work
+
+
+def check_record(out: Path, plan: Plan) -> None:
+    """Raise OutputError when the plan that was begun in OUT is not this one."""
+    record = out / WORK_FOLDER / "plan.json"
+    _compare(out, _read_json(record, "Give --restart to begin again, or choose another directory."), plan)
 
 
 def _make_folders(folder: Path) -> None:
@@ -107,8 +125,12 @@ def _locked(out: Path, work: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise OutputError(f"{out}: another merge is running into it. Wait for it, or choose another OUT.") from None
+        except OSError as error:
+            # Some network file systems have no locks; then nobody is kept out, and nobody can be.
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise OutputError(
+                    f"{out}: another merge is running into it. Wait for it, or choose another OUT."
+                ) from None
         yield
     finally:
         os.close(lock)
@@ -124,14 +146,14 @@ def trust(out: Path, plan: Plan, journal: Journal) -> None:
     for shard in plan.shards:
         known = [journal.done[entry.name] for entry in shard.entries if entry.name in journal.done]
         final, partial = out / shard.name, partial_path(out / shard.name)
-        if _begins_with(final, shard.header, shard.nbytes):
+        if begins_with(final, shard.header, shard.nbytes):
             kept += known
             if len(known) < len(shard.entries):
                 try:
                     final.rename(partial)
                 except OSError as error:
                     raise translate(final, error) from error
-        elif _begins_with(partial, b"", shard.nbytes):
+        elif begins_with(partial, b"", shard.nbytes):
             kept += known
     if len(kept) < len(journal.done):
         journal.keep(kept)
@@ -140,17 +162,18 @@ def trust(out: Path, plan: Plan, journal: Journal) -> None:
 def is_complete(out: Path, plan: Plan, files: Sequence[str]) -> bool:
     """Whether every one of the files to come is in OUT, so that only the work folder is left to remove."""
     try:
-        if _manifest_digest(out) != plan.digest:
+        if manifest_digest(out) != plan.digest:
             return False
     except OutputError:
         # A damaged manifest is written again.
         return False
     return all((out / name).is_file() for name in files) and all(
-        _begins_with(out / shard.name, shard.header, shard.nbytes) for shard in plan.shards
+        begins_with(out / shard.name, shard.header, shard.nbytes) for shard in plan.shards
     )
 
 
-def _begins_with(path: Path, header: bytes, size: int) -> bool:
+def begins_with(path: Path, header: bytes, size: int) -> bool:
+    """Whether there is a file of this size that begins with these bytes."""
     if not path.is_file() or path.stat().st_size != size:
         return False
     with path.open("rb") as file:
@@ -175,7 +198,7 @@ def leftovers(out: Path) -> list[Path]:
         ]
     else:
         found = [path for name in names for path in (out / name, partial_path(out / name)) if is_file(path)]
-    return found + sorted(file for file in work.iterdir() if file.name != "lock")
+    return found + sorted(file for file in work.rglob("*") if file.is_file() and file != work / "lock")
 
 
 def _planned_names(record: Path) -> list[str] | None:
@@ -213,10 +236,14 @@ def delete(files: Sequence[Path]) -> None:
 
 def finish(out: Path) -> None:
     """Remove the work folder of a merge that is complete."""
-    try:
-        shutil.rmtree(out / WORK_FOLDER)
-    except OSError as error:
-        raise translate(out, error) from error
+    for left in reversed(range(_REMOVALS)):
+        try:
+            shutil.rmtree(out / WORK_FOLDER)
+            return
+        except OSError as error:
+            # A worker of a cluster run that comes too late may have put something there meanwhile.
+            if left == 0 or error.errno != errno.ENOTEMPTY:
+                raise translate(out, error) from error
 
 
 def _check_free(out: Path, work: Path, plan: Plan) -> None:

@@ -20,7 +20,7 @@ from streammerge.kernels.contract import BLOCK
 from streammerge.plan.gather import Gathered
 from streammerge.plan.tensor import TensorPlan
 from streammerge.run.arena import Area, Arena
-from streammerge.run.journal import Done, Journal
+from streammerge.run.journal import Done, Record
 from streammerge.run.profile import Spent
 from streammerge.run.rows import read_rows
 from streammerge.storage.sink import Shard
@@ -181,13 +181,13 @@ class _Write:
 class WriteBehind:
     """Threads that hash, write, sync and keep the journal. Owns the open shards."""
 
-    def __init__(self, journal: Journal, open_shard: Callable[[int], Shard], dirty_bytes: int,
+    def __init__(self, record: Record, open_shard: Callable[[int], Shard], dirty_bytes: int,
                  remaining: dict[int, int], check_inputs: Callable[[], None]) -> None:  # fmt: skip
         """`open_shard` opens output shard number n; `remaining` counts the tensors each shard still waits for.
 
         `check_inputs` raises when an input has changed since the plan: then no shard is published any more.
         """
-        self._journal, self._open_shard = journal, open_shard
+        self._record, self._open_shard = record, open_shard
         self._dirty_limit, self._remaining, self._check_inputs = dirty_bytes, remaining, check_inputs
         self._queue: deque[_Write] = deque()
         self._finished: list[Finished] = []
@@ -315,7 +315,7 @@ class WriteBehind:
             shard.sync()
         # Only now are the bytes safe; a line in the journal says that they are.
         if finished:
-            self._journal.append([item.done for item in finished])
+            self._record.append([item.done for item in finished])
         for item in finished:
             self._remaining[item.shard] -= 1
             if self._remaining[item.shard] == 0:

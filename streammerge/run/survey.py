@@ -42,17 +42,22 @@ class SurveyBook:
 
     def get(self, key: str) -> Any:
         """What was found in a group, or None, also where the file is damaged."""
-        path = self._path(key)
+        path = self.path(key)
         lines, _ = read_lines(path.read_bytes()) if path is not None and path.exists() else ([], 0)
         return lines[0].get("found") if lines else None
 
     def put(self, key: str, found: list[Any]) -> None:
         """Keep what was found in a group. Returns when it is on disk."""
-        path = self._path(key)
+        path = self.path(key)
         if path is not None:
-            write_file(path, checked_line({"found": found}))
+            self.keep(path, checked_line({"found": found}))
 
-    def _path(self, key: str) -> Path | None:
+    def keep(self, path: Path, content: bytes) -> None:
+        """Write the file of a group."""
+        write_file(path, content)
+
+    def path(self, key: str) -> Path | None:
+        """The file of a group."""
         name = xxhash.xxh3_128_hexdigest(f"{self._digest} {key}".encode("utf-8", "surrogatepass"))
         return None if self._folder is None else self._folder / f"survey-{name}.json"
 

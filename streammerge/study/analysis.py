@@ -8,7 +8,7 @@ Everything that was scored is in the scorebook of the work folder: run again, it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -96,7 +96,8 @@ def analyze_recipe(recipe_path: Path, out: Path, work: Path, options: StudyOptio
             recipe, [_parameters(findings, m) for m in range(len(findings.models))], _comments(findings),
             _heading(recipe, findings), out,
         )  # fmt: skip
-        write_file(out, text.encode())
+        with nullcontext() if options.team is None else options.team.alone("recipe"):
+            write_file(out, text.encode())
         return findings
 
 

@@ -69,6 +69,9 @@ class Scorebook:
             assert self._path is not None
             raise translate(self._path, error) from error
 
+    def refresh(self) -> None:
+        """Take in what other processes have written: nobody else writes to this one."""
+
     def sync(self) -> None:
         if self._descriptor is not None:
             os.fdatasync(self._descriptor)

@@ -31,6 +31,7 @@ from streammerge.study.network import Network
 from streammerge.study.reading import LOGITS_AT_ONCE, Reading, as_score, read_batch
 from streammerge.study.scorebook import Score, Scorebook
 from streammerge.study.streams import Streams
+from streammerge.study.team import Team
 from streammerge.study.variants import Shelf, Variant, Version, version_bytes
 
 MIB = 1 << 20
@@ -108,7 +109,8 @@ class Wave:
 class Sweeper:
     """Runs sweeps: owns nothing, adds to `facts` what they cost.
 
-    `room_bytes` is what the process may still take; with a `spill` folder, hidden states go there.
+    `room_bytes` is what the process may still take; with a `spill` folder, hidden states go there. With a `team` other
+    processes sweep a part of it.
     """
 
     network: Network
@@ -122,6 +124,7 @@ class Sweeper:
     # The threads that compute; each runs torch on itself alone, so that sums do not depend on their number.
     pool: ThreadPoolExecutor
     threads: int
+    team: Team | None = None
     facts: SweepFacts = field(default_factory=SweepFacts)
     # A second shell for the backs of references; made when one is needed.
     _twin: Network | None = None
@@ -131,7 +134,14 @@ class Sweeper:
 
         Raises DoesNotFit when not even one job fits, Stopped when told to stop; finished waves are in the book.
         """
-        missing = list({job.key: job for job in jobs if job.key not in self.book}.values())
+        unique = list({job.key: job for job in jobs}.values())
+        if self.team is None:
+            self._sweep([job for job in unique if job.key not in self.book])
+            return
+        for part in self.team.turns(unique, self.book, self.stopping):
+            self._sweep(part)
+
+    def _sweep(self, missing: Sequence[Job]) -> None:
         if not missing:
             return
         began = time.perf_counter()

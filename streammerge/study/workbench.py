@@ -29,6 +29,7 @@ from streammerge.study.scorebook import Scorebook
 from streammerge.study.scoring import Scoring
 from streammerge.study.sweep import Sweeper
 from streammerge.study.tasks import Split, Task
+from streammerge.study.team import Team
 from streammerge.study.variants import Shelf
 
 MIB = 1 << 20
@@ -36,7 +37,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """Where and how models are run: none of it changes a score, but for the device."""
+    """Where and how models are run, and with whom: none of it changes a score, but for the device."""
 
     max_memory: int | None = None
     device: str = "auto"
@@ -45,6 +46,7 @@ class StudyOptions:
     spill: Path | None = None
     seed: int = 0
     strict: bool = False
+    team: Team | None = None
 
 
 @dataclass(frozen=True)
@@ -117,13 +119,14 @@ def open_workbench(directory: Path, options: StudyOptions, *, book: Path | None,
         network = Network(directory, device)
         shelf = Shelf(find)
         stack.callback(shelf.close)
-        scores = Scorebook(book, f"{network.identity} ")
+        context = f"{network.identity} "
+        scores = Scorebook(book, context) if options.team is None or book is None else options.team.open_book(context)
         stack.callback(scores.close)
         pool = stack.enter_context(ThreadPoolExecutor(threads, "study", torch.set_num_threads, (1,)))
         reserve = max(limit // 20, 64 * MIB)
         sweeper = Sweeper(
             network, shelf, scores, limit - reserve - usage().resident, limit, options.spill, stopping, progress,
-            pool, threads,
+            pool, threads, None if book is None else options.team,
         )  # fmt: skip
         yield Workbench(network, tokenizer, shelf, scores, sweeper)
 

@@ -25,7 +25,7 @@ from streammerge.storage import local
 WRITES = ("pwritev", "pwrite", "write")
 READS = ("preadv",)
 SYNCS = ("fdatasync", "fsync")
-OTHERS = ("ftruncate", "fallocate", "rename", "unlink", "mkdir", "open")
+OTHERS = ("ftruncate", "fallocate", "rename", "replace", "link", "unlink", "mkdir", "open")
 CALLS = (*WRITES, *READS, *SYNCS, *OTHERS)
 CHANGES = tuple(call for call in CALLS if call not in READS)
 PAGE = 4096

@@ -8,7 +8,7 @@ from pathlib import Path
 from streammerge.plan.plan import Plan
 from streammerge.run.journal import WORK_FOLDER, Done, Journal
 from streammerge.run.manifest import read_manifest
-from streammerge.run.merge import _file_names
+from streammerge.run.merge import file_names
 from streammerge.run.output import MANIFEST_NAME, claim
 from streammerge.run.sidefiles import side_files
 
@@ -20,7 +20,7 @@ def before_the_end(out: Path, plan: Plan, *, keeps: Callable[[str], bool] = lamb
     """
     checksums = read_manifest(out)["tensors"]
     (out / WORK_FOLDER).mkdir()
-    with claim(out, plan, _file_names(plan, side_files(plan)), restart=False) as work:
+    with claim(out, plan, file_names(plan, side_files(plan)), restart=False) as work:
         journal = Journal(work / "journal")
         journal.append([Done(name, checksum) for name, checksum in checksums.items() if keeps(name)])
         journal.close()

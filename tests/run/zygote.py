@@ -66,7 +66,9 @@ def _serve() -> None:
     from tests.run import breaking
 
     # What the command imports when it needs it is there before the fork.
-    for module in ("streammerge.report", "streammerge.run.merge", "streammerge.study.analysis"):
+    for module in (
+        "streammerge.report", "streammerge.run.merge", "streammerge.study.analysis", "streammerge.cluster.worker",
+    ):  # fmt: skip
         import_module(module)
     for line in sys.stdin:
         request = json.loads(line)
