@@ -1,12 +1,10 @@
-"""The floor: read the inputs tile by tile into one buffer, write as many bytes as the output has, compute nothing.
+"""The floor of a merge: read the inputs tile by tile, write as many bytes as the output has, compute nothing.
 
     passes 1 to N-1   read every input
     pass N            tile by tile: read every input, write one tile
 
-With --as-a-merge it also pays what every merge pays that keeps its promises: torch is imported, each tile written is
-hashed (xxh3), data are synced and then a line is appended to a journal and synced.
-
-Needs no third-party package but for --as-a-merge. Run as `python -m benchlib.tile_loop`.
+It pays what every merge pays that keeps its promises: torch is imported, each tile written is hashed (xxh3), data are
+synced, and then a line is appended to a journal and synced. Run as `python -m benchlib.tile_loop`.
 """
 
 import argparse
@@ -17,19 +15,18 @@ from contextlib import ExitStack
 from io import FileIO
 from pathlib import Path
 
+import torch  # noqa: F401 - what a merge imports
+import xxhash
+
 TILE_BYTES = 8 << 20
 SYNC_EVERY_TILES = 32  # 256 MiB, as a writer does that promises what it has finished
 
 
-def run_loop(inputs: Sequence[Path], output: Path, *, output_bytes: int, num_passes: int, as_a_merge: bool) -> None:
-    if as_a_merge:
-        import torch  # noqa: F401
-        import xxhash
-
-        digest = xxhash.xxh3_128()
+def run_loop(inputs: Sequence[Path], output: Path, *, output_bytes: int, num_passes: int) -> None:
     buffer = mmap.mmap(-1, TILE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     buffer.write(b"\x3c" * TILE_BYTES)  # not zeros: the memory is touched before the loop starts
     view = memoryview(buffer)
+    digest = xxhash.xxh3_128()
     with ExitStack() as stack:
         sources = [stack.enter_context(path.open("rb", buffering=0)).fileno() for path in inputs]
         longest = max(os.fstat(source).st_size for source in sources)
@@ -38,19 +35,16 @@ def run_loop(inputs: Sequence[Path], output: Path, *, output_bytes: int, num_pas
                 for source in sources:
                     os.preadv(source, [buffer], offset)
         sink = stack.enter_context(output.open("wb", buffering=0)).fileno()
-        journal = stack.enter_context(output.with_suffix(".journal").open("wb", buffering=0)) if as_a_merge else None
+        journal = stack.enter_context(output.with_suffix(".journal").open("wb", buffering=0))
         for tile, offset in enumerate(range(0, max(longest, output_bytes), TILE_BYTES), start=1):
             for source in sources:
                 os.preadv(source, [buffer], offset)
             if offset < output_bytes:
-                tile_view = view[: output_bytes - offset]
-                if journal is not None:
-                    digest.update(tile_view)
-                _write_fully(sink, tile_view, offset)
-            if journal is not None and tile % SYNC_EVERY_TILES == 0:
+                digest.update(view[: output_bytes - offset])
+                _write_fully(sink, view[: output_bytes - offset], offset)
+            if tile % SYNC_EVERY_TILES == 0:
                 _promise(sink, journal, digest.hexdigest())
-        if journal is not None:
-            _promise(sink, journal, digest.hexdigest())
+        _promise(sink, journal, digest.hexdigest())
 
 
 def _promise(sink: int, journal: FileIO, checksum: str) -> None:
@@ -71,15 +65,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--output-bytes", type=int, required=True)
     parser.add_argument("--passes", type=int, default=1)
-    parser.add_argument("--as-a-merge", action="store_true")
     options = parser.parse_args()
-    run_loop(
-        options.inputs,
-        options.output,
-        output_bytes=options.output_bytes,
-        num_passes=options.passes,
-        as_a_merge=options.as_a_merge,
-    )
+    run_loop(options.inputs, options.output, output_bytes=options.output_bytes, num_passes=options.passes)
 
 
 if __name__ == "__main__":
