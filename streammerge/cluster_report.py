@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +10,7 @@ from streammerge.base.units import format_seconds, format_size
 from streammerge.cluster.finalizer import Finalized
 from streammerge.cluster.slurm import Submission
 from streammerge.cluster.status import Progress
-from streammerge.cluster.worker import Worked
+from streammerge.cluster.worker import ENDED, Worked
 
 Rows = list[tuple[str, str]]
 _HEADING = ["worker", "host", "state", "shards", "twice", "read", "written", "seconds", "peak memory"]
@@ -67,14 +67,12 @@ def progress_rows(progress: Progress) -> Rows:
 def progress_table(progress: Progress) -> list[list[str]]:
     """Who works where."""
     rows = [["worker", "host", "state", "at", "shards", "rate", "peak memory", "heard of"]]
-    for worker in progress.workers:
-        facts = worker.facts
-        seconds = max(1e-3, float(facts["seconds"]))
-        state = facts["state"] if worker.alive or facts["state"] in {"finished", "stopped", "failed"} else "silent"
+    for each in progress.workers:
+        worked = each.worked
         rows.append([
-            facts["worker"], facts["host"], state, facts["unit"], str(facts["units"]),
-            f"{format_size(int(facts['moved_bytes'] / seconds))}/s", format_size(facts["peak_bytes"]),
-            f"{format_seconds(max(0.0, worker.age))} ago",
+            worked.worker, worked.host, worked.state if each.alive or worked.state in ENDED else "silent", worked.unit,
+            str(worked.units), f"{format_size(int(each.rate))}/s", format_size(worked.peak_bytes),
+            f"{format_seconds(max(0.0, each.age))} ago",
         ])  # fmt: skip
     return rows
 
@@ -84,23 +82,18 @@ def progress_json(progress: Progress) -> dict[str, Any]:
     return asdict(progress) | {"out": str(progress.out), "seconds_left": progress.seconds_left}
 
 
-def workers_table(workers: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def workers_table(workers: Sequence[Worked]) -> list[list[str]]:
     """What every worker has done, and all of them together."""
-    rows = [_HEADING]
-    for facts in workers:
-        rows.append([
-            facts["worker"], facts["host"], facts["state"], str(facts["units"]), str(facts["lost"]),
-            format_size(facts["read_bytes"]), format_size(facts["written_bytes"]), f"{facts['seconds']:.1f}",
-            format_size(facts["peak_bytes"]),
-        ])  # fmt: skip
-    numbers = ("units", "lost", "read_bytes", "written_bytes", "seconds")
-    total = {key: sum(facts[key] for facts in workers) for key in numbers}
-    rows.append([
-        "all", str(len({facts["host"] for facts in workers})), "", str(total["units"]), str(total["lost"]),
-        format_size(total["read_bytes"]), format_size(total["written_bytes"]), f"{total['seconds']:.1f}",
-        format_size(max((facts["peak_bytes"] for facts in workers), default=0)),
-    ])  # fmt: skip
-    return rows
+
+    def row(name: str, host: str, state: str, of: Sequence[Worked]) -> list[str]:
+        return [
+            name, host, state, str(sum(each.units for each in of)), str(sum(each.lost for each in of)),
+            format_size(sum(each.read_bytes for each in of)), format_size(sum(each.written_bytes for each in of)),
+            f"{sum(each.seconds for each in of):.1f}", format_size(max((each.peak_bytes for each in of), default=0)),
+        ]  # fmt: skip
+
+    rows = [row(each.worker, each.host, each.state, [each]) for each in workers]
+    return [_HEADING, *rows, row("all", str(len({each.host for each in workers})), "", workers)]
 
 
 def finalized_rows(finalized: Finalized) -> Rows:
@@ -122,4 +115,4 @@ def finalized_json(finalized: Finalized) -> dict[str, Any]:
     """All of it."""
     return {"out": str(finalized.report.out), "digest": finalized.report.digest, "units": finalized.units,
             "already_finished": finalized.report.already_finished,
-            "workers": [dict(facts) for facts in finalized.workers]}  # fmt: skip
+            "workers": [asdict(worked) for worked in finalized.workers]}  # fmt: skip

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from streammerge.base.errors import OutputError, Stopped, StreamMergeError, error_of
 from streammerge.cluster.job import Prepared, open_job
+from streammerge.cluster.worker import Worked, worked_by
 from streammerge.run.manifest import read_manifest
 from streammerge.run.merge import Report, count_nonfinite, file_names, publish_rest, verify_output
 from streammerge.run.output import begins_with, claim, manifest_digest
@@ -26,7 +26,7 @@ class Finalized:
     """
 
     units: int
-    workers: tuple[dict[str, Any], ...]
+    workers: tuple[Worked, ...]
     report: Report
 
 
@@ -38,7 +38,7 @@ def missing_units(found: Prepared) -> list[int]:
 
 def failure_of(found: Prepared) -> StreamMergeError | None:
     """What failed for good, as one error, or None."""
-    failed = list(found.ledger.failed().values())
+    failed = [each for each in found.ledger.failed().values() if each.unit < len(found.units)]
     if not failed:
         return None
     listed = "\n".join(f"  {found.plan.shards[each.unit].name}: {each.error}" for each in failed[:_SHOWN])
@@ -90,7 +90,7 @@ def complete(found: Prepared, *, check: bool = False) -> Finalized:
                     f"{out / shard.name}: is not what was written there: its size or its header differs. Remove it and "
                     f"{ledger.folder / 'done'}/{unit.number:05d}, and submit the merge again."
                 )
-        workers = tuple(facts for facts, _ in ledger.workers().values())
+        workers = tuple(worked for worked, _ in worked_by(ledger))
         tensors = {each.tensor: each for unit in done.values() for each in unit.tensors}
         publish_rest(plan, out, tensors)
     if check:
@@ -103,8 +103,8 @@ def complete(found: Prepared, *, check: bool = False) -> Finalized:
         resumed=0,
         read_bytes=sum(each.read_bytes for each in done.values()),
         written_bytes=sum(each.written_bytes for each in done.values()),
-        peak_bytes=max((facts["peak_bytes"] for facts in workers), default=0),
-        peak_own_bytes=max((facts["peak_own_bytes"] for facts in workers), default=0),
+        peak_bytes=max((worked.peak_bytes for worked in workers), default=0),
+        peak_own_bytes=max((worked.peak_own_bytes for worked in workers), default=0),
         profile=NOTHING_DONE,
         nonfinite=count_nonfinite(tensors),
     )

@@ -12,9 +12,10 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from streammerge.base.errors import OutputError, UserError
+from streammerge.base.fields import made_of
 from streammerge.cluster.ledger import FOLDERS, Ledger
 from streammerge.cluster.units import Unit, units_of
 from streammerge.plan.plan import Plan
@@ -135,17 +136,10 @@ def read_job(path: Path) -> Job:
         raise OutputError(f"{path}: cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError):
         content = None
-    job = _job(content) if isinstance(content, dict) else None
-    if job is None:
+    job = made_of(Job, content)
+    if job is None or not _DIGEST.fullmatch(job.digest) or job.rng not in ("position", "mergekit"):
         raise OutputError(f"{path}: is damaged, or of another version. Submit the same recipe again.")
     return job
-
-
-def _job(content: dict[str, Any]) -> Job | None:
-    kinds = {"recipe": str, "path": str, "directory": str, "seed": int, "rng": str, "shard_bytes": int, "strict": bool,
-             "stale_seconds": float, "digest": str}  # fmt: skip
-    sound = content.keys() == kinds.keys() and all(isinstance(content[key], kind) for key, kind in kinds.items())
-    return Job(**content) if sound and _DIGEST.fullmatch(content["digest"]) else None
 
 
 def ledger_of(out: Path, job: Job) -> Ledger:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.base.errors import OutputError
+from streammerge.base.fields import made_of
 from streammerge.run.claims import Claims
 from streammerge.run.journal import Done, read_done
 from streammerge.storage.lines import checked_line, read_lines
@@ -67,7 +68,7 @@ class Ledger:
 
     def done(self) -> dict[int, Committed]:
         """All units that are done. Raises OutputError when what is written of one is damaged."""
-        for path in sorted((self.folder / "done").glob("[0-9]*")):
+        for path in sorted((self.folder / "done").glob("[0-9][0-9][0-9][0-9][0-9]")):
             if (unit := int(path.name)) not in self._known:
                 self._known[unit] = _read_committed(path, unit)
         return dict(self._known)
@@ -118,16 +119,16 @@ class Ledger:
     def failed(self) -> dict[int, Failed]:
         """All units that failed. What is damaged does not count."""
         found = {}
-        for path in sorted((self.folder / "failed").glob("[0-9]*")):
+        for path in sorted((self.folder / "failed").glob("[0-9][0-9][0-9][0-9][0-9]")):
             lines, _ = read_lines(path.read_bytes())
-            with contextlib.suppress(TypeError, IndexError):
-                failed = Failed(**lines[0])
+            failed = made_of(Failed, lines[0]) if lines else None
+            if failed is not None and failed.unit == int(path.name):
                 found[failed.unit] = failed
         return found
 
     def forgive(self) -> None:
         """Forget all failures: the user has asked again."""
-        for path in (self.folder / "failed").glob("[0-9]*"):
+        for path in (self.folder / "failed").glob("[0-9][0-9][0-9][0-9][0-9]"):
             path.unlink(missing_ok=True)
 
     def note_worker(self, name: str, facts: dict[str, Any]) -> None:
@@ -137,15 +138,13 @@ class Ledger:
         partial.write_text(json.dumps(facts))
         partial.replace(path)
 
-    def workers(self) -> dict[str, tuple[dict[str, Any], float]]:
-        """What every worker said last, and how many seconds ago. What is damaged does not count."""
+    def workers(self) -> list[tuple[Any, float]]:
+        """What every worker said last, as it stands there, and how many seconds ago."""
         now = self.claims.now()
-        found = {}
+        found = []
         for path in sorted((self.folder / "workers").glob("*.json")):
-            with contextlib.suppress(OSError, ValueError):
-                facts = json.loads(path.read_text())
-                if isinstance(facts, dict):
-                    found[path.stem] = (facts, now - path.stat().st_mtime)
+            with contextlib.suppress(OSError, ValueError, RecursionError):
+                found.append((json.loads(path.read_text()), now - path.stat().st_mtime))
         return found
 
     def is_gone(self) -> bool:
@@ -196,7 +195,8 @@ def _read_committed(path: Path, unit: int) -> Committed:
     except OSError as error:
         raise OutputError(f"{path}: cannot be read: {error.strerror}.") from error
     tensors = [done for line in lines[1:] if (done := read_done(line)) is not None]
-    if lines and lines[0].get("tensors") == len(tensors) == len(lines) - 1 and lines[0].get("unit") == unit:
-        with contextlib.suppress(TypeError):
-            return Committed(**lines[0] | {"tensors": tuple(tensors)})
+    if lines and lines[0].get("tensors") == len(tensors) == len(lines) - 1:
+        committed = made_of(Committed, lines[0] | {"tensors": tuple(tensors)})
+        if committed is not None and committed.unit == unit and Path(committed.attempt).name == committed.attempt:
+            return committed
     raise OutputError(f"{path}: is damaged. Remove it and submit the merge again: this shard is then made again.")

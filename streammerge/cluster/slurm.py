@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.base.errors import OutputError, UserError
+from streammerge.base.fields import made_of
 from streammerge.cluster.job import folder_of
 from streammerge.storage.sink import write_file
 
@@ -108,11 +109,14 @@ def read_submission(out: Path) -> Submission | None:
         return None
     try:
         content = json.loads(path.read_text())
-        tuples: dict[str, Any] = {key: tuple(content[key]) for key in ("work", "sbatch")}
+        tuples: dict[str, Any] = {key: tuple(map(str, content[key])) for key in ("work", "sbatch")}
         tuples["rounds"] = tuple((str(array), str(last), int(done)) for array, last, done in content["rounds"])
-        return Submission(**content | tuples)
-    except (OSError, ValueError, TypeError, KeyError):
-        raise OutputError(f"{path}: is damaged. Submit the same recipe again.") from None
+        submission = made_of(Submission, content | tuples)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        submission = None
+    if submission is None:
+        raise OutputError(f"{path}: is damaged. Submit the same recipe again.")
+    return submission
 
 
 def requeue(environment: Mapping[str, str] | None = None) -> bool:

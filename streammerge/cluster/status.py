@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from streammerge.base.errors import OutputError
 from streammerge.cluster.job import folder_of, ledger_of, read_job
 from streammerge.cluster.ledger import Failed
+from streammerge.cluster.worker import ENDED, Worked, worked_by
 from streammerge.run.claims import Claimed
 from streammerge.run.output import finished_digest
 
@@ -18,9 +18,14 @@ from streammerge.run.output import finished_digest
 class WorkerStatus:
     """What a worker said last, how many seconds ago, and whether it can still be alive."""
 
-    facts: dict[str, Any]
+    worked: Worked
     age: float
     alive: bool
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second of what it has finished."""
+        return self.worked.moved_bytes / max(1e-3, self.worked.seconds)
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,9 @@ def progress_of(out: Path) -> Progress:
     ledger = ledger_of(out, job)
     done = ledger.done()
     workers = []
-    for facts, age in ledger.workers().values():
-        alive = facts.get("state") not in {"finished", "stopped", "failed"} and age < job.stale_seconds
-        workers.append(WorkerStatus(facts, age, alive))
+    for worked, age in worked_by(ledger):
+        alive = worked.state not in ENDED and age < job.stale_seconds
+        workers.append(WorkerStatus(worked, age, alive))
     sizes = _sizes(out)
     return Progress(
         out=out,
@@ -68,7 +73,7 @@ def progress_of(out: Path) -> Progress:
         claims=tuple(claim for claim in ledger.claims.all() if claim.name.isdigit()),
         total_bytes=sum(sizes.values()),
         moved_bytes=sum(sizes.get(unit, 0) for unit in done),
-        rate=sum(_rate(worker.facts) for worker in workers if worker.alive),
+        rate=sum(worker.rate for worker in workers if worker.alive),
         workers=tuple(workers),
     )
 
@@ -79,12 +84,5 @@ def _sizes(out: Path) -> dict[int, int]:
     try:
         content = json.loads(path.read_text())
         return {int(number): int(size) for number, size in content.items()}
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError, OverflowError):
         raise OutputError(f"{path}: is damaged. Submit the same recipe again.") from None
-
-
-def _rate(facts: dict[str, Any]) -> float:
-    try:
-        return float(facts["moved_bytes"] / max(1e-3, facts["seconds"]))
-    except (KeyError, TypeError):
-        return 0.0

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from streammerge.base.errors import DoesNotFit, OutputError, Stopped, StreamMergeError, UserError
+from streammerge.base.fields import made_of
 from streammerge.cluster.job import Prepared, open_job
 from streammerge.cluster.ledger import Committed, Failed, Ledger
 from streammerge.cluster.rank import Rank
@@ -62,6 +63,16 @@ class Worked:
     peak_bytes: int = 0
     peak_own_bytes: int = 0
     failures: list[str] = field(default_factory=list)
+
+
+# States after which nothing more is to be heard of a worker.
+ENDED = ("finished", "stopped", "failed")
+
+
+def worked_by(ledger: Ledger) -> list[tuple[Worked, float]]:
+    """What every worker said last, and how many seconds ago. What is damaged does not count."""
+    found = [(made_of(Worked, facts), age) for facts, age in ledger.workers()]
+    return [(worked, age) for worked, age in found if worked is not None]
 
 
 def work(out: Path, options: Options, rank: Rank, observer: Observer, *, wait: bool = False) -> Worked:

@@ -82,7 +82,7 @@ METAGPT = Method(
     program=lambda settings: SUM_FROM_BASE,
     measure=_measure,
     passes=lambda settings, narrow: 2 if _scope(settings) == "tensor" else 1,
-    looks=lambda settings: (_LOOK,) if _scope(settings) == "tensor" else (),
+    looks=lambda settings: (_LOOK,),
     copies=lambda settings: 0 if settings.number("lambda") == 0 else None,
     scope=_scope,
     survey=_survey,

@@ -162,7 +162,7 @@ def test_ages_are_the_file_systems(ledger: Ledger, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("time.time", lambda: 10.0**10)
     assert ledger.claims.all()[0].age < STALE
     ledger.note_worker("me", {"worker": "me"})
-    (facts, age) = ledger.workers()["me"]
+    ((facts, age),) = ledger.workers()
     assert facts == {"worker": "me"}
     assert age < STALE
 

@@ -324,7 +324,7 @@ def test_status(slow: Site, tmp_path: Path) -> None:
     assert facts["units"] == SHARDS
     assert 0 < facts["moved_bytes"] < facts["total_bytes"]
     assert facts["seconds_left"] > 0
-    assert [each["facts"]["state"] for each in facts["workers"]] == ["merging"]
+    assert [each["worked"]["state"] for each in facts["workers"]] == ["merging"]
     assert "8 done, 1 in work" in text
     slow.work(out)
     slow.assert_completes(out)

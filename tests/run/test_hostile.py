@@ -12,7 +12,7 @@ import re
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,12 @@ import torch
 import xxhash
 
 from streammerge.base.errors import StreamMergeError
+from streammerge.cluster.job import Job, folder_of, prepare
+from streammerge.cluster.ledger import Committed, Failed
+from streammerge.cluster.slurm import Submission, read_submission
+from streammerge.cluster.status import progress_of
+from streammerge.cluster.worker import Worked
+from streammerge.cluster_report import progress_rows, progress_table, workers_table
 from streammerge.plan.adapter import changes_of, open_adapter
 from streammerge.plan.recipe import load_recipe
 from streammerge.plan.tokenizer import Tokenizer
@@ -27,10 +33,12 @@ from streammerge.plan.vocab import join, load_vocabulary, template_of, tokenizer
 from streammerge.run.check import verify
 from streammerge.run.configuration import architecture
 from streammerge.run.inspection import inspect
-from streammerge.run.journal import Journal
+from streammerge.run.journal import Done, Journal
+from streammerge.run.merge import Options
 from streammerge.run.output import clean
 from streammerge.run.survey import SurveyBook
 from streammerge.storage.checkpoint import INDEX_NAME, TensorSpec, open_checkpoint
+from streammerge.storage.lines import checked_line
 from streammerge.study.scorebook import Scorebook
 from streammerge.study.tasks import load_tasks, read_tasks_file
 from tests.command import streammerge as run
@@ -112,6 +120,11 @@ def _sound_lines(text: bytes) -> bytes:
     return b"".join(b"%08x %s\n" % (zlib.crc32(line), line) for line in text.split(b"\n"))
 
 
+def _texts(lines: bytes) -> bytes:
+    """The texts of such lines."""
+    return b"\n".join(line[9:] for line in lines.splitlines())
+
+
 def _journal(folder: Path, content: bytes) -> None:
     (folder / "journal").write_bytes(_sound_lines(content))
     Journal(folder / "journal").close()
@@ -177,6 +190,49 @@ def _scores(folder: Path, content: bytes) -> None:
     Scorebook(folder / "scores").close()
 
 
+def _cluster(file: str, content: Callable[[bytes], bytes] = bytes) -> Callable[[Path, bytes], None]:
+    """A reader of one file of a cluster run, all others of which are sound."""
+
+    def read(folder: Path, changed: bytes) -> None:
+        out = folder.with_name("out")
+        if not out.exists():
+            recipe = write_recipe(folder / "copy.yaml", "passthrough", [folder])
+            assert prepare(recipe, out, Options(), lambda _: None) is not None
+            for name, sound in CLUSTER.items():
+                _put(out, name, sound)
+        _put(out, file, content(changed))
+        progress = progress_of(out)
+        progress_rows(progress)
+        progress_table(progress)
+        read_submission(out)
+        workers_table([worker.worked for worker in progress.workers])
+
+    return read
+
+
+def _put(out: Path, name: str, content: bytes) -> None:
+    folder = folder_of(out)
+    (digest,) = (path.name for path in folder.iterdir() if path.is_dir())
+    if name == "job.json":
+        content = content.replace(b"DIGEST", digest.encode())
+    (folder / name.replace("LEDGER", digest)).write_bytes(content)
+
+
+CLUSTER = {
+    "job.json": json.dumps(asdict(Job(
+        "r", "r.yaml", "here", 0, "position", 5, False, 180.0, "DIGEST"))).encode(),
+    "units.json": b'{"0": 24}',
+    "submission.json": json.dumps(
+        asdict(Submission("out", "here", 2, ("--threads=1",), rounds=(("1", "2", 0),)))).encode(),
+    "LEDGER/workers/w.json": json.dumps(asdict(Worked("w", "h", 0, 1, 5, 1.5, failures=["x"]))).encode(),
+    "LEDGER/done/00000": b"",
+    "LEDGER/failed/00000": b"",
+}  # fmt: skip
+CLUSTER["LEDGER/done/00000"] = b"".join(map(checked_line, [
+    asdict(Committed(0, "a", "w", 1.5, 2, 3, ())) | {"tensors": 1}, asdict(Done("w", "00"))]))  # fmt: skip
+CLUSTER["LEDGER/failed/00000"] = checked_line(asdict(Failed(0, "why", 4, "w")))
+
+
 READERS: dict[str, tuple[bytes, Callable[[Path, bytes], None]]] = {
     "index": (INDEX, _index),
     "recipe": (RECIPE, _recipe),
@@ -191,6 +247,12 @@ READERS: dict[str, tuple[bytes, Callable[[Path, bytes], None]]] = {
     "manifest": (MANIFEST, _manifest),
     "tokenizer": (TOKENIZER, _tokenizer),
     "tokenizer's config": (TOKENIZER_CONFIG, _tokenizer_config),
+    "job": (CLUSTER["job.json"], _cluster("job.json")),
+    "units": (CLUSTER["units.json"], _cluster("units.json")),
+    "submission": (CLUSTER["submission.json"], _cluster("submission.json")),
+    "worker": (CLUSTER["LEDGER/workers/w.json"], _cluster("LEDGER/workers/w.json")),
+    "commit": (_texts(CLUSTER["LEDGER/done/00000"]), _cluster("LEDGER/done/00000", _sound_lines)),
+    "failure": (_texts(CLUSTER["LEDGER/failed/00000"]), _cluster("LEDGER/failed/00000", _sound_lines)),
 }
 
 
