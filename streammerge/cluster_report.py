@@ -13,7 +13,7 @@ from streammerge.cluster.status import Progress
 from streammerge.cluster.worker import ENDED, Worked
 
 Rows = list[tuple[str, str]]
-_HEADING = ["worker", "host", "state", "shards", "twice", "read", "written", "seconds", "peak memory"]
+_HEADING = ["worker", "host", "state", "shards", "read", "written", "time", "memory"]
 
 
 def submission_rows(submission: Submission) -> Rows:
@@ -86,10 +86,12 @@ def workers_table(workers: Sequence[Worked]) -> list[list[str]]:
     """What every worker has done, and all of them together."""
 
     def row(name: str, host: str, state: str, of: Sequence[Worked]) -> list[str]:
+        twice = sum(each.lost for each in of)
         return [
-            name, host, state, str(sum(each.units for each in of)), str(sum(each.lost for each in of)),
+            name, host, state, f"{sum(each.units for each in of)}{f', {twice} twice' if twice else ''}",
             format_size(sum(each.read_bytes for each in of)), format_size(sum(each.written_bytes for each in of)),
-            f"{sum(each.seconds for each in of):.1f}", format_size(max((each.peak_bytes for each in of), default=0)),
+            format_seconds(sum(each.seconds for each in of)),
+            format_size(max((each.peak_bytes for each in of), default=0)),
         ]  # fmt: skip
 
     rows = [row(each.worker, each.host, each.state, [each]) for each in workers]

@@ -93,8 +93,8 @@ def prepare(
         units = units_of(plan)
         sizes = {unit.number: unit.moved_bytes for unit in units}
         write_file(folder / "units.json", json.dumps(sizes).encode())
-        write_file(folder / "job.json", json.dumps(asdict(job), indent=1).encode())
         _take_over(out, work, plan, units, ledger)
+        write_file(folder / "job.json", json.dumps(asdict(job), indent=1).encode())
         ledger.forgive()
     return Prepared(out, job, plan, units, ledger)
 

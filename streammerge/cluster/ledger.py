@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -95,15 +96,13 @@ class Ledger:
 
     def settle(self, committed: Committed, shard: Path) -> None:
         """Give the attempt that counts the name of its shard, unless it has it. Returns when that is durable."""
-        if shard.exists():
-            return
         try:
             if not committed.attempt:
                 raise FileNotFoundError
             self.attempt_path(committed.attempt).rename(shard)
             sync_directory(shard.parent)
         except FileNotFoundError:
-            # Somebody else was quicker; or it is gone, and then so is the unit's being done.
+            # It has its name already; or it is gone, and then so is the unit's being done.
             if not shard.exists():
                 raise OutputError(
                     f"{shard}: is gone, and so is the attempt that made it. Remove {self._path('done', committed.unit)}"
@@ -163,14 +162,14 @@ class Ledger:
 
     def _create(self, path: Path, content: bytes, worker: str) -> bool:
         """Make a file that appears complete, on the disk, and only once. False if it was there."""
-        partial = self.folder / "attempts" / f"{path.parent.name}-{path.name}.{worker}.{os.getpid()}"
+        partial = self.folder / "attempts" / f"{path.parent.name}-{path.name}.{worker}.{os.getpid()}.{time.time_ns()}"
         try:
             _write_synced(partial, content)
             try:
                 os.link(partial, path)
             except FileExistsError:
-                # NFS may say so of a link that it has made itself, a moment before.
-                return partial.stat().st_nlink > 1
+                # NFS may say so of a link that it has made itself, a moment before: every attempt has its own content.
+                return path.read_bytes() == content
             finally:
                 partial.unlink(missing_ok=True)
             sync_directory(path.parent)

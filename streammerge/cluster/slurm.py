@@ -63,7 +63,8 @@ def job_script(submission: Submission, workers: int) -> str:
         *([f"#SBATCH --cpus-per-task={submission.cpus}"] if submission.cpus else []),
         *([f"#SBATCH --mem={submission.memory_mb}M"] if submission.memory_mb else []),
     ]
-    command = [*_command(), "work", submission.out, *submission.work]
+    # In a second round what is missing may be claimed by workers that are dead: it waits until that shows.
+    command = [*_command(), "work", submission.out, *submission.work, *(["--wait"] if submission.rounds else [])]
     return "\n".join([*lines, "", f"exec {shlex.join(command)}", ""])
 
 

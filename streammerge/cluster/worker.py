@@ -192,8 +192,10 @@ class Worker:
                 self.worked.failures.append(f"{unit.shard}: {text}")
             raise
         finally:
-            for file in (path, partial_path(path)):
-                file.unlink(missing_ok=True)
+            partial_path(path).unlink(missing_ok=True)
+            # One that counts and has not got its name yet is left to whoever finds it.
+            if not self._ledger.is_done(unit.number):
+                path.unlink(missing_ok=True)
             self.worked.unit = ""
             self.tell()
 

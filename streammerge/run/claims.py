@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -46,8 +46,8 @@ class Claim:
         try:
             if self._path.stat().st_ino == os.fstat(self._descriptor).st_ino:
                 self._path.unlink()
-        except FileNotFoundError:
-            # Stolen, or everything is over and its folder gone.
+        except OSError:
+            # Stolen, which network file systems call stale; or everything is over and its folder gone.
             pass
         finally:
             os.close(self._descriptor)
@@ -145,7 +145,9 @@ class Heart:
         while not self._over.wait(self._seconds):
             with self._lock:
                 for claim in self._claims:
-                    claim.touch()
+                    # One that was stolen is stale on network file systems; the others must live on.
+                    with suppress(OSError):
+                        claim.touch()
             self._beat()
 
 

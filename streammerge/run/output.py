@@ -83,9 +83,9 @@ def claim(out: Path, plan: Plan, files: Sequence[str], *, restart: bool, joins: 
         raise translate(out, error) from error
     with _locked(out, work):
         if restart:
-            delete(leftovers(out))
-            # With its folders: a worker that lives on finds nowhere to put what it has made.
+            # First, and with its folders: a worker that lives on finds nowhere to put what it has made.
             shutil.rmtree(work / CLUSTER_FOLDER, ignore_errors=True)
+            delete(leftovers(out))
         elif not joins and (work / CLUSTER_FOLDER / "job.json").exists():
             raise OutputError(
                 f"{out}: belongs to a cluster run. `streammerge work {out}` joins it, `streammerge finalize {out}` "
