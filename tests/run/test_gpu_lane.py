@@ -17,6 +17,7 @@ import streammerge
 from streammerge.base.errors import DoesNotFit, UserError
 from streammerge.run.arena import Arena
 from streammerge.run.gpu import CudaLane, choose_device
+from streammerge.run.walk import Equipment
 from tests.models import make_models, write_recipe
 
 SHAPES = {"model.layers.0.up.weight": (700, 1000), "model.layers.1.up.weight": (65_537,), "norm": (63,)}
@@ -61,9 +62,7 @@ def test_the_lane_of_a_gpu_gives_the_bytes_of_the_processor(
     top = {"parameters": {"t": 0.3}} if method == "slerp" else {}
     recipe = write_recipe(tmp_path / "r.yaml", method, models, base=base, per_model=per_model, **top)
     streammerge.merge(recipe, tmp_path / "cpu", compile="off", device="cpu")
-    monkeypatch.setattr(
-        "streammerge.run.merge._lane", lambda device, arena, *_: CudaLane(torch.device("cpu"), arena, None)
-    )
+    monkeypatch.setattr(Equipment, "lane", lambda _, arena: CudaLane(torch.device("cpu"), arena, None))
     # One block per tile, so that the ring goes round.
     monkeypatch.setattr("streammerge.plan.budget._TILE_BLOCKS", 1)
     streammerge.merge(recipe, tmp_path / "gpu", compile="off", device="cpu")
