@@ -21,7 +21,7 @@ from tests.run.test_crash import files
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(not is_there(), reason="Slurm is not installed here")]
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARDS = 8
+SHARDS = 24
 FLAGS = ("--out-shard-size", "700KB", "--threads", "1", "--compile", "off", "--json")
 SECONDS = 60.0
 
@@ -141,7 +141,7 @@ def test_preemption(site: Site, tmp_path: Path, partition: str) -> None:
 def test_a_node_goes_down(site: Site, tmp_path: Path) -> None:
     out = tmp_path / "out"
     site.submit(out, 4)
-    wait_for(lambda: len(worker_pids(out)) == 4)
+    wait_for(lambda: len(worker_pids(out)) >= 2)
     site.slurm.ask("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
     try:
         site.assert_completes(out)
@@ -172,7 +172,7 @@ def test_tasks_cancelled_one_by_one_are_made_up_for(site: Site, tmp_path: Path) 
 
 def test_the_time_limit(site: Site, tmp_path: Path) -> None:
     """A minute is Slurm's shortest, and it warns a minute before: the worker stops, and puts itself into the queue."""
-    shapes = {f"model.layers.{i}.mlp.up_proj.weight": (300, 10240) for i in range(10 * SHARDS)}
+    shapes = {f"model.layers.{i}.mlp.up_proj.weight": (300, 10240) for i in range(80)}
     base, model = make_models(tmp_path, 1, shapes=shapes)
     recipe = write_recipe(tmp_path / "recipe.yaml", "arcee_fusion", [model], base=base)
     out = tmp_path / "out"
@@ -228,7 +228,7 @@ def test_an_array_larger_than_the_site_allows(site: Site, tmp_path: Path) -> Non
 
 def test_dry_run_sends_nothing(site: Site, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    done = site.run("submit", site.recipe, out, "--workers", "20", "--dry-run", "--time", "1:00:00", *FLAGS)
+    done = site.run("submit", site.recipe, out, "--workers", "50", "--dry-run", "--time", "1:00:00", *FLAGS)
     assert done.code == 0
     assert f"#SBATCH --array=0-{SHARDS - 1}" in done.out
     assert "#SBATCH --time=1:00:00" in done.out
