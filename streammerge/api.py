@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from streammerge.base.units import parse_shard_size, parse_size
-from streammerge.plan.budget import Schedule
 from streammerge.plan.layout import DEFAULT_SHARD_BYTES
 from streammerge.plan.plan import Plan
 from streammerge.plan.recipe import load_recipe
@@ -20,10 +18,9 @@ from streammerge.run.check import verify as _verify
 from streammerge.run.compiling import Compile
 from streammerge.run.inspection import Inspection
 from streammerge.run.inspection import inspect as _inspect
-from streammerge.run.merge import Options, Report
+from streammerge.run.merge import Options, Report, Unwatched
 from streammerge.run.merge import make_plan as _make_plan
 from streammerge.run.merge import merge as _merge
-from streammerge.run.walk import Status
 
 if TYPE_CHECKING:
     from streammerge.study.analysis import ProxyFindings
@@ -34,7 +31,7 @@ if TYPE_CHECKING:
 PathLike = str | os.PathLike[str]
 
 
-class _Silent:
+class _Silent(Unwatched):
     """An observer that hears only notes."""
 
     def __init__(self, note: Callable[[str], None] | None) -> None:
@@ -49,12 +46,6 @@ class _Silent:
 
     def progress(self, done: float, total: float) -> None:
         pass
-
-    def planned(self, plan: Plan, schedule: Schedule, resumed: int, seconds: float) -> None:
-        pass
-
-    def running(self, status: Callable[[], Status], read_bytes: int, write_bytes: int) -> AbstractContextManager[None]:
-        return nullcontext()
 
 
 def merge(

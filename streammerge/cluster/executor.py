@@ -11,8 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor, Future, as_completed
-from contextlib import nullcontext
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -24,10 +23,11 @@ from streammerge.cluster.job import Prepared, folder_of, open_job, prepare
 from streammerge.cluster.rank import Rank, find_rank
 from streammerge.cluster.units import order_for
 from streammerge.cluster.worker import Worked, Worker, equipped
-from streammerge.plan.budget import Schedule
-from streammerge.plan.plan import Plan
-from streammerge.run.merge import Options, stop_signals
-from streammerge.run.walk import Status
+from streammerge.run.check import verify_inputs
+from streammerge.run.merge import Options, Unwatched, stop_signals
+
+# So often it is asked whether to stop.
+_STOP_SECONDS = 1.0
 
 
 def merge_over(executor: Executor, recipe: Path, out: Path, options: Options, note: Callable[[str], None],
@@ -44,23 +44,29 @@ def merge_over(executor: Executor, recipe: Path, out: Path, options: Options, no
     total = sum(unit.moved_bytes for unit in found.units)
     moved = total - sum(unit.moved_bytes for unit in left)
     progress(moved, total)
+    if options.verify_inputs:
+        verify_inputs(found.plan.checkpoints, note)
     with stop_signals() as stopping:
         futures: dict[Future[dict[str, Any]], int] = {
             executor.submit(make_unit, str(found.out), unit.number, options): unit.moved_bytes for unit in left
         }
         try:
-            for future in as_completed(futures):
+            waiting = set(futures)
+            while waiting:
+                # A unit may take long, and an executor may have nobody yet to give it to.
+                finished, waiting = wait(waiting, timeout=_STOP_SECONDS, return_when=FIRST_COMPLETED)
                 if stopping():
                     raise Stopped("stopped")
-                answer = future.result()
-                if (error := answer["error"]) is not None:
-                    raise error_of(answer["exit_code"])(error)
-                moved += futures[future]
-                progress(moved, total)
+                for future in finished:
+                    answer = future.result()
+                    if (error := answer["error"]) is not None:
+                        raise error_of(answer["exit_code"])(error)
+                    moved += futures[future]
+                    progress(moved, total)
         finally:
             for future in futures:
                 future.cancel()
-        return complete(found, check=options.verify_output)
+    return complete(found, check=options.verify_output)
 
 
 def make_unit(out: str, number: int, options: Options) -> dict[str, Any]:
@@ -80,7 +86,7 @@ def _make_unit(out: Path, number: int, options: Options) -> Worked:
     worked = Worked(rank.name, socket.gethostname(), 0, 1, os.getpid(), time.time())
     if found is None:
         return worked
-    observer = _Unwatched()
+    observer = Unwatched()
     with (
         equipped(found, options, observer) as bench,
         Worker(found, bench, worked, lambda: False, observer) as worker,
@@ -95,21 +101,4 @@ def _make_unit(out: Path, number: int, options: Options) -> Worked:
 @lru_cache(maxsize=4)
 def _opened(out: Path, begun: int) -> Prepared | None:
     """The run in OUT, planned once per process. `begun` tells it from others that were there."""
-    return open_job(out, _unheard)
-
-
-class _Unwatched:
-    """Nobody sees what a worker of an executor does, but for the ledger."""
-
-    def note(self, text: str) -> None:
-        pass
-
-    def planned(self, plan: Plan, schedule: Schedule, resumed: int, seconds: float) -> None:
-        pass
-
-    def running(self, status: Callable[[], Status], read_bytes: int, write_bytes: int) -> nullcontext[None]:
-        return nullcontext()
-
-
-def _unheard(text: str) -> None:
-    pass
+    return open_job(out, Unwatched().note)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from streammerge.base.errors import OutputError, Stopped, StreamMergeError, error_of
-from streammerge.cluster.job import Prepared, open_job
+from streammerge.cluster.job import Prepared
 from streammerge.cluster.worker import Worked, worked_by
 from streammerge.run.manifest import read_manifest
 from streammerge.run.merge import Report, count_nonfinite, file_names, publish_rest, verify_output
@@ -49,17 +48,6 @@ def failure_of(found: Prepared) -> StreamMergeError | None:
     )
 
 
-def finalize(out: Path, note: Callable[[str], None], *, check: bool = False) -> Finalized:
-    """Complete the cluster run in OUT. With `check`, all of it is read again from the disk afterwards.
-
-    Raises Stopped while units are missing, the error of those that failed, and OutputError.
-    """
-    found = open_job(out, note)
-    if found is None:
-        return finished_result(out, check=check)
-    return complete(found, check=check)
-
-
 def finished_result(out: Path, *, check: bool) -> Finalized:
     """What was complete before. Raises VerificationFailed if asked to look and it is not what was written."""
     if check:
@@ -70,7 +58,10 @@ def finished_result(out: Path, *, check: bool) -> Finalized:
 
 
 def complete(found: Prepared, *, check: bool = False) -> Finalized:
-    """The same for a run that is planned already."""
+    """Complete a run. With `check`, all of it is read again from the disk afterwards.
+
+    Raises Stopped while units are missing, the error of those that failed, and OutputError.
+    """
     plan, out, ledger = found.plan, found.out, found.ledger
     missing = missing_units(found)
     if missing and (failure := failure_of(found)) is not None:

@@ -69,8 +69,8 @@ class Ledger:
 
     def done(self) -> dict[int, Committed]:
         """All units that are done. Raises OutputError when what is written of one is damaged."""
-        for path in sorted((self.folder / "done").glob("[0-9][0-9][0-9][0-9][0-9]")):
-            if (unit := int(path.name)) not in self._known:
+        for unit, path in self._numbered("done"):
+            if unit not in self._known:
                 self._known[unit] = _read_committed(path, unit)
         return dict(self._known)
 
@@ -80,8 +80,7 @@ class Ledger:
     def commit(self, committed: Committed, shard: Path) -> bool:
         """Make a complete and synced attempt count and give it the name `shard`; False, and deleted, if another did."""
         attempt = self.attempt_path(committed.attempt)
-        lines = [asdict(committed) | {"tensors": len(committed.tensors)}, *map(asdict, committed.tensors)]
-        won = self._create(self._path("done", committed.unit), b"".join(map(checked_line, lines)), committed.worker)
+        won = self._write_commit(committed)
         if won:
             self.settle(committed, shard)
         else:
@@ -90,9 +89,7 @@ class Ledger:
 
     def take(self, unit: int, tensors: Sequence[Done]) -> None:
         """Count a unit whose shard has its name already."""
-        committed = Committed(unit, "", "", 0.0, 0, 0, tuple(tensors))
-        lines = [asdict(committed) | {"tensors": len(tensors)}, *map(asdict, tensors)]
-        self._create(self._path("done", unit), b"".join(map(checked_line, lines)), "")
+        self._write_commit(Committed(unit, "", "", 0.0, 0, 0, tuple(tensors)))
 
     def settle(self, committed: Committed, shard: Path) -> None:
         """Give the attempt that counts the name of its shard, unless it has it. Returns when that is durable."""
@@ -118,16 +115,16 @@ class Ledger:
     def failed(self) -> dict[int, Failed]:
         """All units that failed. What is damaged does not count."""
         found = {}
-        for path in sorted((self.folder / "failed").glob("[0-9][0-9][0-9][0-9][0-9]")):
+        for unit, path in self._numbered("failed"):
             lines, _ = read_lines(path.read_bytes())
             failed = made_of(Failed, lines[0]) if lines else None
-            if failed is not None and failed.unit == int(path.name):
-                found[failed.unit] = failed
+            if failed is not None and failed.unit == unit:
+                found[unit] = failed
         return found
 
     def forgive(self) -> None:
         """Forget all failures: the user has asked again."""
-        for path in (self.folder / "failed").glob("[0-9][0-9][0-9][0-9][0-9]"):
+        for _, path in self._numbered("failed"):
             path.unlink(missing_ok=True)
 
     def note_worker(self, name: str, facts: dict[str, Any]) -> None:
@@ -177,8 +174,17 @@ class Ledger:
             raise translate(path, error) from error
         return True
 
+    def _write_commit(self, committed: Committed) -> bool:
+        """Write down that a unit is done. False if it was already, by another attempt."""
+        lines = [asdict(committed) | {"tensors": len(committed.tensors)}, *map(asdict, committed.tensors)]
+        return self._create(self._path("done", committed.unit), b"".join(map(checked_line, lines)), committed.worker)
+
     def _path(self, folder: str, unit: int) -> Path:
         return self.folder / folder / f"{unit:05d}"
+
+    def _numbered(self, folder: str) -> list[tuple[int, Path]]:
+        """The files of units in a folder."""
+        return [(int(path.name), path) for path in sorted((self.folder / folder).glob("[0-9]" * 5))]
 
 
 def _write_synced(path: Path, content: bytes) -> None:

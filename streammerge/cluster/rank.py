@@ -82,7 +82,9 @@ def _name(environment: Mapping[str, str], index: int) -> str:
     """One that a scheduler gives again to the same worker, or one that nobody else has."""
     array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
     if array and task:
-        return _clean(f"slurm-{array}-{task}")
+        # Tasks of one step are workers, too.
+        step = f"-{environment.get('SLURM_PROCID')}" if "SLURM_STEP_ID" in environment else ""
+        return _clean(f"slurm-{array}-{task}{step}")
     if environment.get("JOB_COMPLETION_INDEX") and (pod := environment.get("JOB_NAME")):
         return _clean(f"pod-{pod}-{index}")
     if batch := environment.get("AWS_BATCH_JOB_ID"):

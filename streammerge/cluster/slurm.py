@@ -1,7 +1,7 @@
 """Slurm: job scripts, submitting them, and being started again.
 
 A run is an array of workers, and a finaliser that runs after them whatever became of them (afterany). The finaliser is
-the guarantee: it completes the output, or sends what is missing again, as long as rounds make progress. So a worker
+the guarantee: it completes the output, or sends what is missing again, until two rounds made no progress. So a worker
 that is killed needs nobody; one that Slurm asks to stop while it should go on puts itself back into the queue.
 """
 
@@ -28,6 +28,7 @@ _MOST_RESTARTS = 20
 _VAIN_ROUNDS = 2
 _SIGNAL_SECONDS = 60
 _ANSWER_SECONDS = 60
+_OURS = re.compile(r"(--(array|dependency|signal)\b|-[ad])")
 _JOB = re.compile(r"\s*(\d+)(;.*)?\s*")
 
 
@@ -158,6 +159,10 @@ def _head(submission: Submission, what: str, log: str) -> list[str]:
     for option in options:
         if "\n" in option:
             raise UserError(f"{option!r}: a line break cannot be in an option of sbatch.")
+    for option in submission.sbatch:
+        # They would reach the finaliser, too: as an array it would send an array for each of its tasks.
+        if _OURS.match(option):
+            raise UserError(f"--sbatch {option}: that is set by submit; --workers says how many tasks there are.")
     return ["#!/bin/bash", *(f"#SBATCH {_quoted(option)}" for option in options)]
 
 

@@ -80,16 +80,16 @@ def work(out: Path, options: Options, rank: Rank, observer: Observer, *, wait: b
 
     Raises Stopped when asked to stop, and the first error of a unit, after the other units are done.
     """
-    found = open_job(out, observer.note)
     worked = Worked(rank.name, socket.gethostname(), rank.index, rank.count, os.getpid(), time.time())
-    if found is None:
-        return worked
-    with (
-        stop_signals(signal.SIGUSR1) as stopping,
-        equipped(found, options, observer) as bench,
-        Worker(found, bench, worked, stopping, observer) as worker,
-    ):
-        worker.run(order_for(found.units, rank.index, rank.count), wait=wait)
+    with stop_signals(signal.SIGUSR1) as stopping:
+        found = open_job(out, observer.note)
+        if found is None:
+            return worked
+        with (
+            equipped(found, options, observer) as bench,
+            Worker(found, bench, worked, stopping, observer) as worker,
+        ):
+            worker.run(order_for(found.units, rank.index, rank.count), wait=wait)
     return worked
 
 
@@ -158,6 +158,8 @@ class Worker:
                     except (Stopped, DoesNotFit, OutputError):
                         raise
                     except StreamMergeError as error:
+                        if _is_passing(error):
+                            raise
                         errors.append(error)
                 elif wait and self._others_work():
                     self._pause()
@@ -172,7 +174,8 @@ class Worker:
     def make(self, unit: Unit, claim: Claim) -> bool:
         """Make one unit that is claimed; whether it counts, or another attempt was first.
 
-        Raises Stopped and DoesNotFit with the unit given back, and any error of the unit itself after writing it down.
+        Raises Stopped, DoesNotFit and what this machine could not read with the unit given back, and any error of the
+        unit itself after writing it down.
         """
         attempt = f"{unit.shard}.{self.worked.worker}.{os.getpid()}.{time.time_ns()}"
         path = self._ledger.attempt_path(attempt)
@@ -186,7 +189,7 @@ class Worker:
         except StreamMergeError as error:
             if self._is_over():
                 return False
-            if not isinstance(error, OutputError):
+            if not isinstance(error, OutputError) and not _is_passing(error):
                 text = f"{type(error).__name__}: {error}"
                 self._ledger.fail(Failed(unit.number, text, error.exit_code, self.worked.worker))
                 self.worked.failures.append(f"{unit.shard}: {text}")
@@ -265,6 +268,13 @@ class Worker:
     def _is_over(self) -> bool:
         """Whether somebody has completed the whole run meanwhile."""
         return manifest_digest(self._out) == self._plan.digest
+
+
+def _is_passing(error: BaseException | None) -> bool:
+    """Whether an error comes from the system, which may be well elsewhere or later, and not from what was read."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__
+    return error is not None
 
 
 class _Notes:

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -90,6 +90,19 @@ class Observer(Protocol):
 
     def running(self, status: Callable[[], Status], read_bytes: int, write_bytes: int) -> AbstractContextManager[None]:
         """Entered while the engine works; `status` may be asked from any thread. The totals are still to do."""
+
+
+class Unwatched:
+    """An observer who does not look: for merges that nobody sees."""
+
+    def note(self, text: str) -> None:
+        pass
+
+    def planned(self, plan: Plan, schedule: Schedule, resumed: int, seconds: float) -> None:
+        pass
+
+    def running(self, status: Callable[[], Status], read_bytes: int, write_bytes: int) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def _unheard(text: str) -> None:

@@ -49,6 +49,7 @@ ReturnToService=2
 KillWait=5
 SlurmdTimeout=10
 MinJobAge=3600
+MaxArraySize=20
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=0
 SelectType=select/cons_tres

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 import streammerge
-from streammerge.base.errors import InputError, UserError
+from streammerge.base.errors import InputError, Stopped, UserError
 from streammerge.run.journal import WORK_FOLDER
 from tests.models import make_models, make_tensors, save_model, write_recipe
 from tests.run.test_crash import files
@@ -88,6 +89,34 @@ def test_it_goes_on_after_a_worker_was_killed(recipe: Path, tmp_path: Path) -> N
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
         merge(recipe, out, executor)
     assert files(out) == files(tmp_path / "one")
+
+
+class Never(Executor):
+    """A full queue: nobody ever comes to do anything."""
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+        return Future()
+
+
+def test_a_stop_is_heard_while_nobody_works(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    stopping = threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    stopping.start()
+    with pytest.raises(Stopped, match="Stopped by SIGTERM"):
+        merge(recipe, out, Never())
+    stopping.join()
+    with ThreadPoolExecutor(2) as executor:
+        merge(recipe, out, executor)
+
+
+def test_inputs_are_verified_first_if_asked(recipe: Path, tmp_path: Path) -> None:
+    heard: list[str] = []
+    with ThreadPoolExecutor(2) as executor:
+        streammerge.merge(
+            recipe, tmp_path / "out", compile="off", verify_inputs=True, executor=executor, note=heard.append
+        )
+    # None of these models has checksums to be compared with.
+    assert any("checksum" in text for text in heard)
 
 
 def test_errors_come_back_as_ours(tmp_path: Path) -> None:

@@ -54,3 +54,8 @@ def test_a_worker_that_slurm_starts_again_has_its_name() -> None:
     again = ARRAY | {"SLURM_RESTART_COUNT": "1", "SLURM_JOB_ID": "99"}
     assert find_rank(None, None, ARRAY).name == find_rank(None, None, again).name == "slurm-7-5"
     assert find_rank(None, None, {}).name != "slurm-7-5"
+
+
+def test_tasks_of_one_step_have_names_of_their_own() -> None:
+    steps = [ARRAY | {"SLURM_STEP_ID": "0", "SLURM_PROCID": str(number)} for number in range(3)]
+    assert len({find_rank(None, None, step).name for step in steps}) == 3

@@ -437,6 +437,16 @@ def test_a_full_disk_gives_the_work_back(site: Site, tmp_path: Path) -> None:
     site.assert_completes(out)
 
 
+def test_what_one_machine_cannot_read_is_left_to_others(site: Site, tmp_path: Path) -> None:
+    out = site.plan(tmp_path / "out")
+    done = site.run("work", out, *FLAGS, way="fail", call="preadv", code="EIO", number=9, lasting=True,
+                    told=str(tmp_path / "told"))  # fmt: skip
+    assert done.code == 4
+    assert ledger_names(out, "claims") == ledger_names(out, "attempts") == ledger_names(out, "failed") == []
+    site.work(out)
+    site.assert_completes(out)
+
+
 def test_models_named_relative_to_where_it_was_submitted(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ import yaml
 from torch import Tensor
 
 from streammerge.demo import FOLDER as DEMO
+from streammerge.demo import Demo, unpack
 from streammerge.study.analysis import ProxyFindings, analyze_recipe
 from streammerge.study.findings import Findings, Row
 from streammerge.study.judge import Judge, Part
@@ -32,6 +33,7 @@ from streammerge.study.workbench import StudyOptions
 from tests.study.tiny import TOKENS, WORDS, make_tokenizer, read_weights, write_lines, write_weights
 
 WHOLE = {"density": 1.0, "scale": 1.0}
+NUM_QUESTIONS = 40
 
 
 class Interrupt(Exception):
@@ -173,6 +175,17 @@ def layer_of(findings: Findings, block: int) -> int:
 
 
 # --- the demo's models -----------------------------------------------------------------------------------------------
+
+
+def small_demo(folder: Path) -> Demo:
+    """The demo with fewer questions and a small grid, so that an analysis takes seconds."""
+    made = unpack(folder)
+    for file in sorted((made.directory / "tasks").glob("*.jsonl")):
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[:NUM_QUESTIONS]))
+    content = yaml.safe_load(made.hi_merging.read_text())
+    content["analysis"] = {"densities": [0.7, 1.0], "scales": [1.0], "factors": [0.7, 0.9]}
+    made.hi_merging.write_text(yaml.safe_dump(content, sort_keys=False))
+    return made
 
 
 def demo_bed(folder: Path) -> Bed:

@@ -8,24 +8,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from streammerge.demo import Demo, unpack
+from streammerge.demo import Demo
 from streammerge.plan.recipe import load_recipe
 from tests.command import streammerge
 from tests.models import read_tensors
-
-NUM_QUESTIONS = 40
+from tests.study.beds import small_demo
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
-    """The demo with fewer questions and a small grid, so that an analysis takes seconds."""
-    made = unpack(tmp_path_factory.mktemp("demo"))
-    for file in sorted((made.directory / "tasks").glob("*.jsonl")):
-        file.write_text("".join(file.read_text().splitlines(keepends=True)[:NUM_QUESTIONS]))
-    content = yaml.safe_load(made.hi_merging.read_text())
-    content["analysis"] = {"densities": [0.7, 1.0], "scales": [1.0], "factors": [0.7, 0.9]}
-    made.hi_merging.write_text(yaml.safe_dump(content, sort_keys=False))
-    return made
+    return small_demo(tmp_path_factory.mktemp("demo"))
 
 
 @pytest.fixture(scope="module")

@@ -9,26 +9,19 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
-from streammerge.demo import Demo, unpack
+from streammerge.demo import Demo
 from streammerge.run.claims import Heart
 from streammerge.study.scorebook import Score
 from streammerge.study.team import SharedBook, Team, _cut, open_team
 from tests.command import COMMAND, streammerge
-
-NUM_QUESTIONS = 40
+from tests.study.beds import small_demo
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
-    """The demo with fewer questions and a small grid, and what one process decides, in alone.yaml."""
-    made = unpack(tmp_path_factory.mktemp("demo"))
-    for file in sorted((made.directory / "tasks").glob("*.jsonl")):
-        file.write_text("".join(file.read_text().splitlines(keepends=True)[:NUM_QUESTIONS]))
-    content = yaml.safe_load(made.hi_merging.read_text())
-    content["analysis"] = {"densities": [0.7, 1.0], "scales": [1.0], "factors": [0.7, 0.9]}
-    made.hi_merging.write_text(yaml.safe_dump(content, sort_keys=False))
+    """The small demo, and what one process decides, in alone.yaml."""
+    made = small_demo(tmp_path_factory.mktemp("demo"))
     done = streammerge("analyze", made.hi_merging, "-o", made.directory / "alone.yaml", "--threads", "1")
     assert done.code == 0, done.err
     return made
