@@ -10,8 +10,10 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +30,7 @@ from streammerge.run.merge import Options, Unwatched, stop_signals
 
 # So often it is asked whether to stop.
 _STOP_SECONDS = 1.0
+_ALONE = threading.Lock()
 
 
 def merge_over(executor: Executor, recipe: Path, out: Path, options: Options, note: Callable[[str], None],
@@ -35,7 +38,7 @@ def merge_over(executor: Executor, recipe: Path, out: Path, options: Options, no
     """Merge `recipe` into OUT with the workers of `executor`, which must see OUT and the inputs under the same paths.
 
     Memory and threads of `options` are those of every worker. `progress` is called with the bytes moved and all of
-    them. Raises the errors of base/errors.py, and what the executor raises.
+    them. Raises the errors of base/errors.py; Stopped also when the executor itself fails, as when its processes die.
     """
     found = prepare(recipe, out, options, note)
     if found is None:
@@ -47,10 +50,12 @@ def merge_over(executor: Executor, recipe: Path, out: Path, options: Options, no
     if options.verify_inputs:
         verify_inputs(found.plan.checkpoints, note)
     with stop_signals() as stopping:
-        futures: dict[Future[dict[str, Any]], int] = {
-            executor.submit(make_unit, str(found.out), unit.number, options): unit.moved_bytes for unit in left
-        }
+        futures: dict[Future[dict[str, Any]], int] = {}
         try:
+            for unit in left:
+                with _failures():
+                    future = executor.submit(make_unit, str(found.out), unit.number, options)
+                futures[future] = unit.moved_bytes
             waiting = set(futures)
             while waiting:
                 # A unit may take long, and an executor may have nobody yet to give it to.
@@ -58,7 +63,10 @@ def merge_over(executor: Executor, recipe: Path, out: Path, options: Options, no
                 if stopping():
                     raise Stopped("stopped")
                 for future in finished:
-                    answer = future.result()
+                    with _failures():
+                        answer = future.result()
+                    if (fault := answer.get("fault")) is not None:
+                        raise RuntimeError(f"in a worker:\n{fault}")
                     if (error := answer["error"]) is not None:
                         raise error_of(answer["exit_code"])(error)
                     moved += futures[future]
@@ -69,12 +77,28 @@ def merge_over(executor: Executor, recipe: Path, out: Path, options: Options, no
     return complete(found, check=options.verify_output)
 
 
-def make_unit(out: str, number: int, options: Options) -> dict[str, Any]:
-    """Make unit `number` of the run in `out`, here. Returns what it took, or the error: not all of ours travel."""
+@contextmanager
+def _failures() -> Iterator[None]:
+    """Raise Stopped for whatever an executor raises: each has errors of its own, and `make_unit` raises none."""
     try:
-        return {"error": None, "exit_code": 0, **asdict(_make_unit(Path(out), number, options))}
+        yield
+    except Exception as error:
+        raise Stopped(
+            f"The executor failed ({type(error).__name__}: {error}). What is finished is saved: run the same again to "
+            "go on."
+        ) from error
+
+
+def make_unit(out: str, number: int, options: Options) -> dict[str, Any]:
+    """Make unit `number` of the run in `out`, here. Returns what it took, or what went wrong: not all errors travel."""
+    try:
+        # Threads of one process share its memory.
+        with _ALONE if options.max_memory is not None else nullcontext():
+            return {"error": None, "exit_code": 0, **asdict(_make_unit(Path(out), number, options))}
     except StreamMergeError as error:
         return {"error": str(error), "exit_code": error.exit_code}
+    except Exception:  # noqa: BLE001 - raised again, with this, by whoever leads
+        return {"fault": traceback.format_exc()}
 
 
 def _make_unit(out: Path, number: int, options: Options) -> Worked:

@@ -23,7 +23,16 @@ from streammerge.plan.recipe import load_recipe, parse_recipe
 from streammerge.run.claims import STALE_SECONDS
 from streammerge.run.journal import WORK_FOLDER, Journal
 from streammerge.run.merge import Options, check_disk, file_names, plan_recipe
-from streammerge.run.output import CLUSTER_FOLDER, begins_with, check_apart, check_record, claim, finished_digest, trust
+from streammerge.run.output import (
+    CLUSTER_FOLDER,
+    begins_with,
+    check_apart,
+    check_record,
+    claim,
+    finished_digest,
+    sweep,
+    trust,
+)
 from streammerge.run.sidefiles import left_files, side_files
 from streammerge.storage.sink import partial_path, write_file
 
@@ -82,6 +91,7 @@ def prepare(
     check_apart(out, plan.checkpoints)
     out = out.absolute()
     if finished_digest(out) == plan.digest:
+        sweep(out)
         return None
     check_disk(plan, out)
     files = file_names(plan, side_files(plan))
@@ -109,6 +119,7 @@ def open_job(out: Path, note: Callable[[str], None]) -> Prepared | None:
     folder = folder_of(out)
     if not folder.is_dir():
         if finished_digest(out) is not None:
+            sweep(out)
             return None
         raise OutputError(
             f"{out}: no cluster run is there to work on. `streammerge submit RECIPE {out}` begins one; if it was "

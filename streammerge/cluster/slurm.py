@@ -21,7 +21,7 @@ from typing import Any
 from streammerge.base.errors import OutputError, UserError
 from streammerge.base.fields import made_of
 from streammerge.cluster.job import folder_of
-from streammerge.storage.sink import write_file
+from streammerge.storage.sink import translate, write_file
 
 # A worker that was put back so often is left to the finaliser.
 _MOST_RESTARTS = 20
@@ -80,7 +80,10 @@ def submit(submission: Submission, units_done: int, units_left: int) -> Submissi
 
     Raises UserError with Slurm's own words when it takes them not; then neither is queued.
     """
-    submission.logs.mkdir(parents=True, exist_ok=True)
+    try:
+        submission.logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise translate(submission.logs, error) from error
     workers = max(1, min(submission.workers, units_left))
     array = _sbatch(job_script(submission, workers), ())
     try:
@@ -148,7 +151,7 @@ def _head(submission: Submission, what: str, log: str) -> list[str]:
     name = Path(submission.out).name
     options = [
         f"--job-name=streammerge-{what}-{name}",
-        f"--output={submission.logs / log}.log",
+        f"--output={str(submission.logs).replace('%', '%%')}/{log}.log",
         "--open-mode=append",
         "--requeue",
         f"--chdir={submission.directory}",
@@ -167,8 +170,10 @@ def _head(submission: Submission, what: str, log: str) -> list[str]:
 
 
 def _quoted(option: str) -> str:
-    """An option as sbatch reads it from a script: in quotes where there are blanks."""
-    return f'"{option}"' if re.search(r"\s", option) else option
+    """An option as sbatch reads it from a script: in quotes where a letter would mean something."""
+    if not re.search(r"""[\s#"'\\]""", option):
+        return option
+    return '"' + re.sub(r'(["\\])', r"\\\1", option) + '"'
 
 
 def _command() -> list[str]:

@@ -32,7 +32,7 @@ from streammerge.run.journal import Done, Journal
 from streammerge.run.manifest import manifest
 from streammerge.run.memory import Meter, memory_limit, processors, refusals, usage
 from streammerge.run.models import open_models
-from streammerge.run.output import MANIFEST_NAME, check_apart, claim, finish, finished_digest, is_complete, trust
+from streammerge.run.output import MANIFEST_NAME, check_apart, claim, finish, finished_digest, is_complete, sweep, trust
 from streammerge.run.pipeline import READ_THREADS
 from streammerge.run.profile import NOTHING_DONE, Profile
 from streammerge.run.sidefiles import left_files, side_files
@@ -171,6 +171,7 @@ def merge(recipe_path: Path, out: Path, options: Options, observer: Observer) ->
         observer.note(sentence)
     check_apart(out, plan.checkpoints)
     if finished_digest(out) == plan.digest:
+        sweep(out)
         return finished_before(plan, out, options)
     device = choose_device(options.device)
     if plan.draws_in_turn and device.type != "cpu":
@@ -333,6 +334,8 @@ def stop_signals(*others: signal.Signals) -> Iterator[Callable[[], bool]]:
     try:
         yield lambda: bool(asked)
     except Stopped:
+        if not asked:
+            raise
         names = ", ".join(signal.Signals(number).name for number in asked[:1])
         raise Stopped(f"Stopped by {names}. What is finished is saved: run the same command again to go on.") from None
     finally:

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +28,10 @@ from streammerge.storage.sink import PARTIAL_SUFFIX, partial_path, translate, wr
 MANIFEST_NAME = "streammerge.manifest.json"
 # In the work folder: what workers of a cluster run leave for each other.
 CLUSTER_FOLDER = "cluster"
+# The work folder of a merge that is complete, until it is removed.
+_FINISHED_FOLDER = f"{WORK_FOLDER}.finished"
 _REMOVALS = 5
+_REMOVAL_SECONDS = 0.1
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
@@ -72,6 +76,8 @@ def check_usable(out: Path) -> None:
 def claim(out: Path, plan: Plan, files: Sequence[str], *, restart: bool, joins: bool = False) -> Iterator[Path]:
     """Take OUT over: yields its work folder, locked, with this plan and the names of all `files` to come written in it.
 
+    A merge that is complete by then leaves nothing but its files there.
+
     Raises OutputError when OUT holds something else, is locked, belongs to another plan, or, unless `joins`, to a
     cluster run.
     """
@@ -98,6 +104,7 @@ def claim(out: Path, plan: Plan, files: Sequence[str], *, restart: bool, joins: 
             content = {"digest": plan.digest, "facts": plan.facts, "files": files}
             write_file(record, json.dumps(content, indent=1).encode())
         yield work
+    sweep(out)
 
 
 def check_record(out: Path, plan: Plan) -> None:
@@ -222,6 +229,8 @@ def clean(out: Path, *, remove: bool) -> list[Path]:
         if remove:
             delete(files)
             finish(out)
+    if remove:
+        sweep(out)
     return files
 
 
@@ -235,15 +244,41 @@ def delete(files: Sequence[Path]) -> None:
 
 
 def finish(out: Path) -> None:
-    """Remove the work folder of a merge that is complete."""
-    for left in reversed(range(_REMOVALS)):
+    """Say that the merge in OUT is complete: its work folder gives up its name, in one step, and can then be removed.
+
+    A worker of a cluster run that comes too late finds no place any more to put something.
+    """
+    sweep(out)
+    try:
+        (out / WORK_FOLDER).rename(out / _FINISHED_FOLDER)
+        sync_directory(out)
+    except FileNotFoundError:
+        # Where there are no locks another process may have completed it, too.
+        pass
+    except OSError as error:
+        raise translate(out, error) from error
+
+
+def sweep(out: Path) -> None:
+    """Remove what a complete merge has left behind, once its lock and its journal are closed.
+
+    Files that are open, here or on another machine, keep a name in their folder on network file systems: they are
+    waited for a little, and if they stay the folder does, until somebody looks at OUT again.
+    """
+    folder = out / _FINISHED_FOLDER
+    for _ in range(_REMOVALS):
         try:
-            shutil.rmtree(out / WORK_FOLDER)
-            return
+            shutil.rmtree(folder)
+        except FileNotFoundError:
+            # Gone; or another process sweeps, too.
+            if not folder.exists():
+                return
         except OSError as error:
-            # A worker of a cluster run that comes too late may have put something there meanwhile.
-            if left == 0 or error.errno != errno.ENOTEMPTY:
+            if error.errno not in (errno.ENOTEMPTY, errno.EBUSY):
                 raise translate(out, error) from error
+            time.sleep(_REMOVAL_SECONDS)
+        else:
+            return
 
 
 def _check_free(out: Path, work: Path, plan: Plan) -> None:
@@ -260,7 +295,7 @@ def _check_free(out: Path, work: Path, plan: Plan) -> None:
 
 
 def _check_empty(out: Path) -> None:
-    content = sorted(path.name for path in out.iterdir())
+    content = sorted(path.name for path in out.iterdir() if path.name != _FINISHED_FOLDER)
     if content:
         shown = ", ".join(content[:3]) + (" and more" if len(content) > 3 else "")
         raise OutputError(f"{out}: is not empty (it holds {shown}). Nothing of yours is overwritten: choose another.")

@@ -82,13 +82,52 @@ def test_it_goes_on_after_a_worker_was_killed(recipe: Path, tmp_path: Path) -> N
 
         killing = killer.submit(kill)
         # All may have been made before it dies.
-        with suppress(BrokenProcessPool):
+        with suppress(Stopped):
             merge(recipe, out, executor)
         killing.result()
         killer.shutdown()
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
         merge(recipe, out, executor)
     assert files(out) == files(tmp_path / "one")
+
+
+class Broken(Executor):
+    """Takes work, and loses whoever does it."""
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_exception(BrokenProcessPool("a process was terminated abruptly"))
+        return future
+
+
+def test_what_an_executor_raises_is_no_fault_of_ours(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(Stopped, match=r"executor failed \(BrokenProcessPool.*run the same again"):
+        merge(recipe, out, Broken())
+    gone = ThreadPoolExecutor(1)
+    gone.shutdown()
+    with pytest.raises(Stopped, match="cannot schedule new futures"):
+        merge(recipe, out, gone)
+    with ThreadPoolExecutor(2) as executor:
+        merge(recipe, out, executor)
+
+
+def test_a_fault_in_a_worker_is_shown_whole(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("a fault of ours")
+
+    monkeypatch.setattr("streammerge.cluster.executor._make_unit", fail)
+    with ThreadPoolExecutor(2) as executor, pytest.raises(RuntimeError, match=r"(?s)Traceback.*a fault of ours"):
+        merge(recipe, tmp_path / "out", executor)
+
+
+def test_threads_of_one_process_share_its_memory(recipe: Path, tmp_path: Path) -> None:
+    # More than half of what is there: two at once would have no room.
+    with ThreadPoolExecutor(4) as executor:
+        streammerge.merge(
+            recipe, tmp_path / "out", compile="off", max_memory="1200MB", out_shard_size=SIZE, executor=executor
+        )
+    assert not streammerge.verify(tmp_path / "out").problems
 
 
 class Never(Executor):

@@ -131,7 +131,7 @@ def ledger_claims(out: Path) -> list[Claimed]:
 
 
 def test_four_workers_on_two_nodes(site: Site, tmp_path: Path) -> None:
-    out = tmp_path / "an output"
+    out = tmp_path / 'an "output" of 50% #1'
     array, finaliser = site.submit(out, 4, "--sbatch=--comment='of the test'")
     site.assert_completes(out)
     wait_for(lambda: site.slurm.states(finaliser) == ["COMPLETED"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -218,6 +219,22 @@ def test_an_unfinished_out_of_the_same_plan_goes_on_and_ends_with_the_same_bytes
     assert merge(recipe, out).resumed == 4
     assert content_of(out) == expected
     assert not (out / WORK_FOLDER).exists()
+
+
+def test_a_work_folder_that_cannot_be_removed_yet_is_removed_later(
+    recipe: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    # As on a network file system, when another process still has a file open in it.
+    monkeypatch.setattr("shutil.rmtree", fail)
+    assert merge(recipe, out).resumed == 0
+    assert list(out.glob(f"{WORK_FOLDER}*"))
+    assert not streammerge.verify(out).problems
+    monkeypatch.undo()
+    assert merge(recipe, out).already_finished
+    assert not list(out.glob(f"{WORK_FOLDER}*"))
 
 
 def test_shards_complete_but_not_yet_named_are_named(recipe: Path, out: Path) -> None:
