@@ -7,7 +7,6 @@ leftovers  what an abandoned merge left behind
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import re
@@ -22,7 +21,7 @@ from streammerge.base.errors import OutputError
 from streammerge.plan.plan import Plan
 from streammerge.run.journal import WORK_FOLDER, Done, Journal
 from streammerge.storage.checkpoint import Checkpoint
-from streammerge.storage.local import is_file, sync_directory
+from streammerge.storage.local import is_file, sync_directory, try_lock
 from streammerge.storage.sink import PARTIAL_SUFFIX, partial_path, translate, write_file
 
 MANIFEST_NAME = "streammerge.manifest.json"
@@ -130,14 +129,8 @@ def _locked(out: Path, work: Path) -> Iterator[None]:
     except OSError as error:
         raise translate(out, error) from error
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            # Some network file systems have no locks; then nobody is kept out, and nobody can be.
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                raise OutputError(
-                    f"{out}: another merge is running into it. Wait for it, or choose another OUT."
-                ) from None
+        if not try_lock(lock):
+            raise OutputError(f"{out}: another merge is running into it. Wait for it, or choose another OUT.")
         yield
     finally:
         os.close(lock)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import sys
@@ -95,6 +96,18 @@ def is_file(path: Path) -> bool:
     except OSError:
         # A name that is too long.
         return False
+
+
+def try_lock(descriptor: int) -> bool:
+    """Lock an open file for this process, until it is closed; False if another process holds it.
+
+    Some network file systems have no locks: then nobody is kept out, and nobody can be.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+    return True
 
 
 def sync_directory(path: Path) -> None:

@@ -82,7 +82,9 @@ def analyze_recipe(recipe_path: Path, out: Path, work: Path, options: StudyOptio
                 open_workbench(plan.checkpoints[0].directory, options, book=None, stopping=stopping,
                                progress=observer.progress, note=observer.note, plans=(), versions=0)
             )  # fmt: skip
-            return _by_proxy(recipe, plan, bench, given, out, observer)
+            text, proxied = _by_proxy(recipe, plan, bench, given, out, observer)
+            _write(out, text, options)
+            return proxied
         tasks = _tasks(recipe, tasks_file)
         for sentence in (sentence for task in tasks for sentence in shared_rows(task)):
             observer.note(f"WARNING: {sentence}")
@@ -96,9 +98,14 @@ def analyze_recipe(recipe_path: Path, out: Path, work: Path, options: StudyOptio
             recipe, [_parameters(findings, m) for m in range(len(findings.models))], _comments(findings),
             _heading(recipe, findings), out,
         )  # fmt: skip
-        with nullcontext() if options.team is None else options.team.alone("recipe"):
-            write_file(out, text.encode())
+        _write(out, text, options)
         return findings
+
+
+def _write(out: Path, text: str, options: StudyOptions) -> None:
+    """Write the decided recipe; in a team all write the same, one after the other."""
+    with nullcontext() if options.team is None else options.team.alone("recipe"):
+        write_file(out, text.encode())
 
 
 def decided_for_merge(recipe_path: Path, out: Path, work: Path, options: StudyOptions, observer: StudyObserver,
@@ -216,7 +223,8 @@ def _table(judge: Judge, findings: Findings, split: str) -> list[Row]:
 
 
 def _by_proxy(recipe: Recipe, plan: Plan, bench: Workbench, given: Given, out: Path,
-              observer: StudyObserver) -> ProxyFindings:  # fmt: skip
+              observer: StudyObserver) -> tuple[str, ProxyFindings]:  # fmt: skip
+    """The decided recipe, and what was found."""
     options = recipe.analysis
     family = _family(recipe, plan, bench)
     models = len(family.models)
@@ -243,8 +251,8 @@ def _by_proxy(recipe: Recipe, plan: Plan, bench: Workbench, given: Given, out: P
     }
     heading = [f"Decided by streammerge analyze from {recipe.path.name}: {verdict}."]
     parameters = [family.parameters(mixture, m) for m in range(models)]
-    write_file(out, decided_recipe(recipe, parameters, comments, heading, out).encode())
-    return ProxyFindings(family.models, clashes, treated, verdict)
+    text = decided_recipe(recipe, parameters, comments, heading, out)
+    return text, ProxyFindings(family.models, clashes, treated, verdict)
 
 
 def _tasks(recipe: Recipe, tasks_file: Path | None) -> list[Task]:

@@ -5,13 +5,13 @@ A line is a checksum and JSON, as in the journal of a merge; what follows a dama
 
 from __future__ import annotations
 
-import fcntl
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from streammerge.base.errors import OutputError
 from streammerge.storage.lines import checked_line, read_lines
+from streammerge.storage.local import try_lock
 from streammerge.storage.sink import translate
 
 
@@ -84,13 +84,9 @@ class Scorebook:
     def _lock(self, path: Path) -> None:
         """Hold the file for this process alone: two that write to it would tear each other's lines."""
         assert self._descriptor is not None
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(self._descriptor):
             self.close()
-            raise OutputError(
-                f"{path}: another analysis is writing to it. Wait for it, or choose another place."
-            ) from None
+            raise OutputError(f"{path}: another analysis is writing to it. Wait for it, or choose another place.")
 
     def _read(self, content: bytes) -> int:
         lines, sound = read_lines(content)
