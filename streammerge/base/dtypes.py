@@ -58,7 +58,7 @@ DTYPES: dict[str, DType] = {
     name: DType(name, bits, rank, kind, torch_name) for rank, (name, bits, kind, torch_name) in enumerate(_TABLE)
 }
 
-# What a recipe may write after `dtype:` and `out_dtype:`. In 8 bits, numbers are rounded as they are, without scales.
+# What a recipe may write after `dtype:` and `out_dtype:`. In 8 bits, numbers are stored with scales (plan/scaled.py).
 RECIPE_DTYPES: dict[str, str] = {
     "bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64",
     "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",

@@ -170,6 +170,6 @@ def _take_over(out: Path, work: Path, plan: Plan, units: list[Unit], ledger: Led
     for unit in units:
         shard = plan.shards[unit.number]
         if begins_with(out / shard.name, shard.header, shard.nbytes):
-            ledger.take(unit.number, [journal.done[tensor.name] for tensor in unit.tensors])
+            ledger.take(unit.number, [journal.done[name] for tensor in unit.tensors for name in tensor.names])
         partial_path(out / shard.name).unlink(missing_ok=True)
     (work / "journal").unlink()

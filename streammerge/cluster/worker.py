@@ -243,7 +243,7 @@ class Worker:
                           self._bench.meter, self._stopping, self._observer.running)  # fmt: skip
         self.worked.read_bytes += walked.read_bytes
         self.worked.written_bytes += walked.written_bytes
-        tensors = tuple(notes.done[tensor.name] for tensor in unit.tensors)
+        tensors = tuple(notes.done[name] for tensor in unit.tensors for name in tensor.names)
         seconds = time.perf_counter() - began
         committed = Committed(unit.number, attempt, self.worked.worker, round(seconds, 3), walked.read_bytes,
                               walked.written_bytes, tensors)  # fmt: skip

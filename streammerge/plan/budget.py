@@ -18,7 +18,7 @@ from streammerge.base.dtypes import DTYPES
 from streammerge.base.errors import DoesNotFit
 from streammerge.base.units import format_size
 from streammerge.kernels.contract import BLOCK
-from streammerge.plan.gather import Gathered
+from streammerge.plan.gather import Read
 from streammerge.plan.plan import Plan
 from streammerge.plan.tensor import UNWRITTEN, TensorPlan
 
@@ -33,8 +33,10 @@ _DEFAULT_ARENA = 192 * MIB
 # An allowance for the temporaries of one thread on one block of eager code: 48 of them in float32, 8 more per model.
 _WORK_PER_THREAD = 12 * MIB
 _WORK_PER_MODEL = 2 * MIB
-# Rows that are gathered as wider numbers, by every thread that reads.
+# Rows that are gathered as wider numbers, or codes that are made numbers, by every thread that reads.
 _WORK_OF_GATHERING = 4 * MIB
+# A strip that is made codes, with what is worked out of it.
+_WORK_OF_SCALING = 12 * MIB
 # More for folding adapters in: eight blocks at a time, in float64.
 _WORK_OF_FOLDING = 24 * MIB
 # Random numbers in mergekit's order, of the tiles in work.
@@ -111,7 +113,8 @@ def make_schedule(plan: Plan, *, limit_bytes: int, limited_by: str, allowed: boo
     work += _DRAWS if plan.draws_in_turn else 0
     factors = max(tensor.factor_bytes for tensor in (*plan.tensors, *plan.asked))
     # Those of the tensor before may still be there.
-    work += _WORK_OF_GATHERING if any(isinstance(read, Gathered) for tensor in kinds for read in tensor.reads) else 0
+    work += _WORK_OF_GATHERING if any(_is_made(tensor) for tensor in kinds) else 0
+    work += _WORK_OF_SCALING if any(tensor.scaling is not None for tensor in kinds) else 0
     work += 2 * factors + (threads * _WORK_OF_FOLDING if factors else 0)
     dirty = min(max(_LEAST_DIRTY, min(_MOST_DIRTY, limit_bytes // 8)), max(plan.bytes_to_write, 1))
     fixed = baseline_bytes + work + dirty
@@ -196,11 +199,15 @@ def _kinds(plan: Plan) -> list[TensorPlan]:
     """The largest tensor of every kind that takes its own room in a slot."""
     largest: dict[Any, TensorPlan] = {}
     for tensor in (*plan.tensors, *plan.asked):
-        gathered = any(isinstance(read, Gathered) for read in tensor.reads)
-        kind = (tensor.dtypes, tensor.quantum, len(tensor.steps), gathered)
+        kind = (tensor.dtypes, tensor.quantum, len(tensor.steps), _is_made(tensor), tensor.scaling is not None)
         if kind not in largest or tensor.elements > largest[kind].elements:
             largest[kind] = tensor
     return list(largest.values())
+
+
+def _is_made(tensor: TensorPlan) -> bool:
+    """Whether something that is read takes work: rows gathered, codes made numbers."""
+    return any(not isinstance(read, Read) for read in tensor.reads)
 
 
 def _reserve(limit: int) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from streammerge.base.dtypes import DTYPES, promote
-from streammerge.base.errors import RecipeError, ShapeMismatch
+from streammerge.base.errors import RecipeError, ShapeMismatch, UserError
 from streammerge.kernels.contract import Method, Settings
 from streammerge.methods.passthrough import AS_IT_IS, PASSTHROUGH
 from streammerge.plan.align import align
@@ -16,7 +16,8 @@ from streammerge.plan.names import embedding_of, head_of, in_layer, layer_of, li
 from streammerge.plan.parameters import resolve, unmatched_filters
 from streammerge.plan.places import Place, Places, shorten
 from streammerge.plan.recipe import Recipe, Stage
-from streammerge.plan.view import Model, Operand, View, view_of, with_heads
+from streammerge.plan.scaled import Scaled, Scaling, quantised_as, scaling_like, usual_scaling
+from streammerge.plan.view import Folded, Model, Operand, View, view_of, with_heads
 from streammerge.storage.checkpoint import Checkpoint
 
 
@@ -24,7 +25,8 @@ from streammerge.storage.checkpoint import Checkpoint
 class Draft:
     """One tensor of the recipe's stage number `stage`, named `stream` in the recipe; its random bits go by that.
 
-    `settings` are the method's parameters for it.
+    `settings` are the method's parameters for it. With `scaling` it is stored as codes, and `dtype` is that of the
+    numbers they are made of.
     """
 
     dtype: str
@@ -35,6 +37,7 @@ class Draft:
     has_base: bool
     stream: str
     stage: int = 0
+    scaling: Scaling | None = None
 
     @property
     def is_surveyed(self) -> bool:
@@ -47,11 +50,25 @@ class Draft:
         """The operand that is the result as it stands, if one is."""
         if DTYPES[self.operands[0].dtype].kind == "exact":
             return self.operands[0] if len(self.operands) == 1 else None
-        if self.is_surveyed:
-            # Others ask about it.
+        if self.is_surveyed or self.scaling is not None:
+            # Others ask about it; or it is rounded again.
             return None
         number = self.method.copies(self.settings)
         return self.operands[number] if number is not None and self.operands[number].dtype == self.dtype else None
+
+    @property
+    def copied_codes(self) -> Scaled | None:
+        """The 8-bit weights that are the result with their scales as they stand, if one's are."""
+        number = None if self.is_surveyed or self.scaling is None else self.method.copies(self.settings)
+        operand = None if number is None else self.operands[number]
+        if self.scaling is None or not isinstance(operand, Folded) or operand.change is not None:
+            return None
+        read = operand.read
+        if not isinstance(read, Scaled):
+            return None
+        same = (read.codes.dtype, read.scales.dtype, read.grid, read.scales.shape)
+        own = self.scaling
+        return read if same == (own.dtype, own.scale_dtype, own.grid, own.scale_shape) else None
 
 
 def draft_stages(
@@ -61,13 +78,20 @@ def draft_stages(
 
     `models` are one per `recipe.inputs`.
 
-    Raises RecipeError, ShapeMismatch for shapes alone, UserError for an adapter that does not fit.
+    Raises RecipeError, ShapeMismatch for shapes alone, UserError for an adapter that does not fit and for quantised
+    weights that cannot be read.
 
     With `sequential`, random numbers are drawn as mergekit draws them.
     """
+    _check_readable(models, checkpoints)
     made, tied = with_heads([view_of(model, checkpoints) for model in models], models)
     views = {view.model: view for view in made}
-    warnings: list[str] = []
+    warnings = [
+        f"{view.model}: {listing(view.left_out)} {'are' if len(view.left_out) > 1 else 'is'} of activations, which a "
+        f"merged model would have to measure anew: left out"
+        for view in made
+        if view.left_out
+    ]
     results = []
     for number, stage in enumerate(recipe.stages):
         aligned = align(stage, views, recipe.path)
@@ -83,6 +107,23 @@ def draft_stages(
         if stage.name is not None:
             views[stage.name] = replace(results[-1], model=stage.name)
     return results, tied, warnings
+
+
+def _check_readable(models: Sequence[Model], checkpoints: Sequence[Checkpoint]) -> None:
+    """Raise UserError for all models whose weights are quantised in a way that cannot be merged."""
+    found = {model.reference: quantised_as(checkpoints[model.checkpoint].tensors) for model in models}
+    problems = [f"{name}: its weights are quantised by {form[0]}. {form[1]}." for name, form in found.items() if form]
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _is_scaled(operand: Operand) -> Scaled | None:
+    """The first 8-bit weights that a tensor is made of, or None."""
+    if isinstance(operand, Folded):
+        return operand.read if isinstance(operand.read, Scaled) else None
+    if isinstance(operand, Draft):
+        return next((found for each in operand.operands if (found := _is_scaled(each)) is not None), None)
+    return None
 
 
 def _unlike_layers(places: Sequence[Place], operands: Mapping[str, Sequence[Operand]]) -> list[str]:
@@ -106,6 +147,10 @@ class _Drafting:
         self._recipe, self._number, self._views = recipe, number, views
         self._stage: Stage = recipe.stages[number]
         self._sequential = sequential
+        # Whether some input is stored in 8 bits: then the output is where, and as, that is.
+        self._has_scales = any(
+            _is_scaled(tensor) is not None for name in self._stage.inputs for tensor in views[name].tensors.values()
+        )
         self._drawing: dict[tuple[int, str], Settings] = {}
         self.warnings: list[str] = []
 
@@ -137,16 +182,21 @@ class _Drafting:
         tensors: dict[str, Operand] = {}
         for place in places.all:
             own = operands[place.name]
+            dtype, scaling = self._stored(place.name, own)
             tensors[place.name] = Draft(
-                self._output_dtype(own), own[0].shape, stage.method, self._drawn(settings[place.name], own), own,
-                place.part.base is not None, prefix + place.name, self._number,
+                dtype, own[0].shape, stage.method, self._drawn(settings[place.name], own), own,
+                place.part.base is not None, prefix + place.name, self._number, scaling,
             )  # fmt: skip
         for name, model in places.copied.items():
             alone = (self._views[model].tensors[name],)
+            dtype, scaling = self._stored(name, alone)
             tensors[name] = Draft(
-                self._output_dtype(alone), alone[0].shape, PASSTHROUGH, AS_IT_IS, alone, False, prefix + name,
-                self._number,
-            )  # fmt: skip
+                dtype, alone[0].shape, PASSTHROUGH, AS_IT_IS, alone, False, prefix + name, self._number, scaling
+            )
+        scaled = [draft.scaling for draft in tensors.values() if isinstance(draft, Draft) and draft.scaling is not None]
+        taken = [scaling.scale_name for scaling in scaled if scaling.scale_name in tensors]
+        if taken:
+            raise self._error([f"{listing(taken)} would hold scales of the output, and an input has such a tensor"])
         return View(stage.name or "", tensors, tuple(places.origins))
 
     def _error(self, problems: Sequence[str]) -> RecipeError:
@@ -164,10 +214,7 @@ class _Drafting:
         for place in places:
             dtypes = [operand.dtype for operand in operands[place.name]]
             kinds = {DTYPES[dtype].kind for dtype in dtypes}
-            if "quantised" in kinds:
-                problems.append(f"tensor {place.name!r} is stored as {listing(dtypes)}: quantised weights cannot be "
-                                f"merged yet; convert the model to bfloat16 first")  # fmt: skip
-            elif "exact" in kinds and len(set(dtypes)) > 1:
+            if "exact" in kinds and len(set(dtypes)) > 1:
                 problems.append(f"tensor {place.name!r} is {listing(dtypes)} in the inputs: integers are copied, and "
                                 f"only when every input has the same")  # fmt: skip
             shapes = [operand.shape for operand in operands[place.name]]
@@ -199,10 +246,21 @@ class _Drafting:
             + f"\n{self._stage.method.name} needs equal shapes. {advice}"
         )  # fmt: skip
 
-    def _output_dtype(self, operands: Sequence[Operand]) -> str:
+    def _stored(self, name: str, operands: Sequence[Operand]) -> tuple[str, Scaling | None]:
+        """The dtype in which a tensor is made, and how it is stored if as codes."""
         if DTYPES[operands[0].dtype].kind == "exact":
-            return operands[0].dtype
-        return self._stage.out_dtype or self._stage.dtype or promote([operand.dtype for operand in operands])
+            return operands[0].dtype, None
+        asked = self._stage.out_dtype or self._stage.dtype
+        if asked is None or DTYPES[asked].kind == "float":
+            return asked or promote([operand.dtype for operand in operands]), None
+        scaling = None
+        if self._has_scales:
+            found = next((scaled for each in operands if (scaled := _is_scaled(each)) is not None), None)
+            scaling = None if found is None else scaling_like(found, name, asked)
+        else:
+            scaling = usual_scaling(name, operands[0].shape, asked)
+        # What those models leave in more bits stays so.
+        return ("F32" if scaling is not None else promote([operand.dtype for operand in operands])), scaling
 
     def _drawn(self, settings: Settings, operands: Sequence[Operand]) -> Settings:
         """The settings, saying in which dtype mergekit would draw."""

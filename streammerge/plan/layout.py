@@ -13,6 +13,9 @@ from streammerge.storage.header import MAX_WRITTEN_HEADER_BYTES, Entry, make_hea
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
+# A tensor's dtype and shape.
+Stored = tuple[str, tuple[int, ...]]
+
 
 @dataclass(frozen=True)
 class ShardLayout:
@@ -24,26 +27,32 @@ class ShardLayout:
     nbytes: int
 
 
-def lay_out(tensors: Mapping[str, tuple[str, tuple[int, ...]]], shard_bytes: int) -> tuple[ShardLayout, ...]:
-    """Split tensors, name to (dtype, shape), in their order into shards of at most `shard_bytes` of data.
+def lay_out(
+    tensors: Mapping[str, Stored], shard_bytes: int, beside: Mapping[str, tuple[str, Stored]] | None = None
+) -> tuple[ShardLayout, ...]:
+    """Split tensors in their order into shards of at most `shard_bytes` of data.
 
-    Names and split are the Hub's; a tensor larger than that gets a shard of its own.
+    Names and split are the Hub's; a tensor larger than that gets a shard of its own. `beside` has tensors that go
+    into the shard of another, by that one's name.
     """
+    beside = beside or {}
     # Imported here: the library takes a tenth of a second, which `--help` should not pay.
     from huggingface_hub import split_state_dict_into_shards_factory
 
     split = split_state_dict_into_shards_factory(
-        dict(tensors),
-        get_storage_size=_nbytes,
+        {name: (stored, beside[name][1] if name in beside else None) for name, stored in tensors.items()},
+        get_storage_size=lambda pair: _nbytes(pair[0]) + (0 if pair[1] is None else _nbytes(pair[1])),
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=shard_bytes,
     )
     shards = []
     for file, names in split.filename_to_tensors.items():
-        header, entries = make_header((name, *tensors[name]) for name in names)
+        own = [(name, *tensors[name]) for name in names]
+        own += [(beside[name][0], *beside[name][1]) for name in names if name in beside]
+        header, entries = make_header(own)
         if len(header) > MAX_WRITTEN_HEADER_BYTES:
             raise UserError(
-                f"{file}: the header of {len(names)} tensors takes {len(header)} bytes, the Hub reads "
+                f"{file}: the header of {len(own)} tensors takes {len(header)} bytes, the Hub reads "
                 f"{MAX_WRITTEN_HEADER_BYTES}. Give a smaller --out-shard-size."
             )
         shards.append(ShardLayout(file, header, entries, entries[-1].stop))
@@ -60,7 +69,7 @@ def index_file(shards: tuple[ShardLayout, ...]) -> tuple[str, bytes] | None:
     return INDEX_NAME, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _nbytes(tensor: tuple[str, tuple[int, ...]]) -> int:
+def _nbytes(tensor: Stored) -> int:
     dtype, shape = tensor
     elements = 1
     for size in shape:

@@ -24,7 +24,7 @@ from streammerge.plan.names import head_of
 from streammerge.plan.recipe import Recipe
 from streammerge.plan.template import AUTO, NAMES, marks_of, most_common, template_named
 from streammerge.plan.tensor import UNWRITTEN, TensorPlan, work_of
-from streammerge.plan.view import Model
+from streammerge.plan.view import Model, Operand
 from streammerge.plan.vocab import Vocabulary, listed
 from streammerge.storage.checkpoint import Checkpoint
 
@@ -107,16 +107,32 @@ def build_plan(recipe: Recipe, models: Sequence[Model], checkpoints: Sequence[Ch
                             f"output and will be cut into pieces; add it under tokenizer.tokens")  # fmt: skip
     if strict and warnings:
         raise RecipeError(str(recipe.path), warnings)
-    drafts = result.tensors
-    shards = lay_out({name: (draft.dtype, draft.shape) for name, draft in drafts.items()}, shard_bytes)
+    drafts = _with_copied_scales(result.tensors)
+    scalings = {name: draft.scaling for name, draft in drafts.items() if isinstance(draft, Draft) and draft.scaling}
+    shards = lay_out(
+        {
+            name: (scalings[name].dtype if name in scalings else draft.dtype, draft.shape)
+            for name, draft in drafts.items()
+        },
+        shard_bytes,
+        {name: (own.scale_name, (own.scale_dtype, own.scale_shape)) for name, own in scalings.items()},
+    )
     tensors = []
     for number, shard in enumerate(shards):
+        places = {entry.name: entry.start for entry in shard.entries}
         for entry in shard.entries:
+            if entry.name not in drafts:
+                # Scales, which are written with their weights.
+                continue
             reads, steps = work_of(drafts[entry.name])
             elements = math.prod(entry.shape)
+            scaling = scalings.get(entry.name)
             tensors.append(
-                TensorPlan(entry.name, entry.dtype, entry.shape, elements, reads, steps, number, entry.start)
-            )
+                TensorPlan(
+                    entry.name, entry.dtype, entry.shape, elements, reads, steps, number, entry.start, scaling,
+                    0 if scaling is None else places[scaling.scale_name],
+                )
+            )  # fmt: skip
     used = {step.stream for tensor in tensors for step in tensor.steps}
     asked = [
         TensorPlan(draft.stream, draft.dtype, draft.shape, math.prod(draft.shape), *work_of(draft), UNWRITTEN, 0)
@@ -134,6 +150,20 @@ def build_plan(recipe: Recipe, models: Sequence[Model], checkpoints: Sequence[Ch
         facts["chat_template"] = xxhash.xxh3_128_hexdigest(template.encode("utf-8", "surrogatepass"))
     return Plan(recipe, tuple(models), tuple(checkpoints), tuple(tensors), tuple(asked), settings, result.origins, tied,
                 vocabulary, template, shards, seed, facts, (*recipe.warnings, *warnings))  # fmt: skip
+
+
+def _with_copied_scales(drafts: Mapping[str, Operand]) -> dict[str, Operand]:
+    """The same, where 8-bit weights that are copied are so as they stand: their codes, and beside them their scales."""
+    made: dict[str, Operand] = {}
+    for name, draft in drafts.items():
+        copied = draft.copied_codes if isinstance(draft, Draft) else None
+        if copied is None:
+            made[name] = draft
+        else:
+            assert isinstance(draft, Draft)
+            assert draft.scaling is not None
+            made |= {name: copied.codes, draft.scaling.scale_name: copied.scales}
+    return made
 
 
 def _models_of(vocabulary: Vocabulary, models: Sequence[Model]) -> list[str]:

@@ -300,6 +300,12 @@ def parse_recipe(text: str, path: Path, *, strict: bool = False) -> Recipe:
         raise RecipeError(str(path), problems)
     ordered = _in_order([document for document, _ in documents], path)
     last = ordered[-1]
+    if problems := [
+        f"the document {document.name}: 8 bits are for what is written; give them in the document that is the output"
+        for document in ordered[:-1]
+        if (stored := document.out_dtype or document.dtype) is not None and DTYPES[stored].bits == 8
+    ]:
+        raise RecipeError(str(path), problems)
     warnings += [
         f"chat_template of the document {document.name} has no effect; write it in the one that is the output"
         for document in ordered[:-1]
@@ -466,11 +472,6 @@ class _Checks:
         if document.base_model is not None:
             self._reference(document.base_model, ("base_model",))
         self._tokenizer()
-        stored = document.out_dtype or document.dtype
-        if stored is not None and DTYPES[stored].bits == 8:
-            place = ("out_dtype" if document.out_dtype else "dtype",)
-            self._warn(place, "numbers are rounded to 8 bits as they are, without scales: small ones lose most of "
-                              "their precision, and in float8_e4m3fn what is beyond 448 becomes 448")  # fmt: skip
         method = METHODS.get(document.merge_method)
         if method is None:
             self._problem(("merge_method",), f"{document.merge_method!r} is no method here.{self._nearest_method()}")

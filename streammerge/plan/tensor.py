@@ -15,10 +15,13 @@ from streammerge.methods.passthrough import AS_IT_IS, PASSTHROUGH
 from streammerge.plan.adapter import Change
 from streammerge.plan.draft import Draft
 from streammerge.plan.gather import Gathered, Read
+from streammerge.plan.scaled import Scaled, Scaling
 from streammerge.plan.view import Folded, Operand
 
 # The shard of a tensor that is only looked at.
 UNWRITTEN = -1
+# What can be read: as it stands, in other rows, times its scales.
+Readable = Read | Gathered | Scaled
 
 
 @dataclass(frozen=True)
@@ -58,21 +61,29 @@ class TensorPlan:
     """One output tensor: what is read for it, what is done, and where its bytes go.
 
     Without steps the bytes of the first read are copied, after making sure that all reads agree (integers are never
-    computed with). With steps, the last one's result is written.
+    computed with). With steps, the last one's result is written; with `scaling` as codes, whose scales go to
+    `scale_offset` in the same shard.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     elements: int
-    reads: tuple[Read | Gathered, ...]
+    reads: tuple[Readable, ...]
     steps: tuple[Step, ...]
     shard: int
     offset: int
+    scaling: Scaling | None = None
+    scale_offset: int = 0
 
     @property
     def nbytes(self) -> int:
         return self.elements * DTYPES[self.dtype].itemsize
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors that it writes: itself, and its scales."""
+        return (self.name,) if self.scaling is None else (self.name, self.scaling.scale_name)
 
     @property
     def factor_bytes(self) -> int:
@@ -96,13 +107,16 @@ class TensorPlan:
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        """The dtype of every operand: of the reads, then of the steps."""
-        return (*(read.dtype for read in self.reads), *(step.dtype for step in self.steps))
+        """The dtype of every operand: of the reads, then of the steps; and of the codes where there are such."""
+        codes = () if self.scaling is None else (self.dtype,)
+        return (*(read.dtype for read in self.reads), *(step.dtype for step in self.steps), *codes)
 
     @property
     def passes(self) -> int:
         """How often it is read when what is read does not stay in memory."""
-        return 1 + sum(step.method.passes(step.settings, self._narrow(step)) - 1 for step in self.steps)
+        asked = sum(step.method.passes(step.settings, self._narrow(step)) - 1 for step in self.steps)
+        # Scales of blocks that are longer than a tile are found before the first code.
+        return 1 + asked + (self.scaling is not None and self.scaling.quantum is None)
 
     @property
     def survey_passes(self) -> int:
@@ -114,15 +128,17 @@ class TensorPlan:
     def quantum(self) -> int:
         """A tile's elements are a multiple of this, for the units of every step to be whole; or else all of them."""
         units = {step.grain(self.shape).unit for step in self.steps} or {BLOCK}
+        if self.scaling is not None and self.scaling.quantum is not None:
+            units.add(self.scaling.quantum)
         return min(math.lcm(*units), max(1, self.elements) if len(units) > 1 else math.lcm(*units))
 
     def _narrow(self, step: Step) -> bool:
         return all(DTYPES[self.dtypes[i]].bits == 16 for i in step.operands)
 
 
-def work_of(draft: Operand) -> tuple[tuple[Read | Gathered, ...], tuple[Step, ...]]:
+def work_of(draft: Operand) -> tuple[tuple[Readable, ...], tuple[Step, ...]]:
     """What is read for an output tensor, and the steps that are done with it; none if it comes to a copy."""
-    reads: list[Read | Gathered] = []
+    reads: list[Readable] = []
     # A step is an operand by its number, counted from −1 downwards until the number of reads is known.
     steps: list[Step] = []
     known: dict[int | tuple[Folded, str], int] = {}
@@ -146,7 +162,7 @@ def work_of(draft: Operand) -> tuple[tuple[Read | Gathered, ...], tuple[Step, ..
         return known[of, dtype]
 
     def operand(of: Operand) -> int:
-        if isinstance(of, Read | Gathered):
+        if isinstance(of, Readable):
             if of not in reads:
                 reads.append(of)
             return reads.index(of)
@@ -172,9 +188,9 @@ def work_of(draft: Operand) -> tuple[tuple[Read | Gathered, ...], tuple[Step, ..
     return tuple(reads), tuple(numbered)
 
 
-def _leaves(draft: Operand) -> Iterator[Read | Gathered]:
+def _leaves(draft: Operand) -> Iterator[Readable]:
     """Everything that a tensor is made of. Of integers all of it must agree."""
-    if isinstance(draft, Read | Gathered | Folded):
+    if isinstance(draft, Readable | Folded):
         # Integers are in no adapter's change.
         yield draft.read if isinstance(draft, Folded) else draft
         return

@@ -6,13 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from streammerge.base.errors import UserError
 from streammerge.plan.adapter import Adapter, Change, changes_of
 from streammerge.plan.gather import Gathered, Read
 from streammerge.plan.names import embedding_of, head_of, stacks
+from streammerge.plan.scaled import Found, Scaled
 from streammerge.plan.vocab import Vocabulary
-from streammerge.storage.checkpoint import Checkpoint
+from streammerge.storage.checkpoint import Checkpoint, TensorSpec
 
 MOST_LAYERS = 100_000
+_SHOWN = 5
 
 
 class Operand(Protocol):
@@ -27,12 +30,12 @@ class Operand(Protocol):
 
 @dataclass(frozen=True)
 class Folded:
-    """A tensor as an adapter makes it, of the base with a change in it or whole; or one that is gathered.
+    """A tensor as an adapter makes it, of the base with a change in it or whole; or one that is gathered, or scaled.
 
     It counts as of the model's own `dtype`, but is rounded to that only when it is the result as it stands.
     """
 
-    read: Read | Gathered
+    read: Read | Gathered | Scaled
     change: Change | None
     dtype: str
 
@@ -47,7 +50,8 @@ class Model:
 
     `tied` is what its config.json says of its head: that it is the embedding, that it is not, or nothing. `commits` are
     those of the Hub that its files, and its adapter's, are of. `vocabulary` and `template` are those of its tokenizer
-    and None where it has none, or nobody needs to know.
+    and None where it has none, or nobody needs to know. `scale_block` is what its configuration says that a scale of
+    8-bit weights is for: rows and columns.
     """
 
     reference: str
@@ -57,16 +61,21 @@ class Model:
     commits: tuple[str, ...] = ()
     vocabulary: Vocabulary | None = None
     template: str | None = None
+    scale_block: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class View:
-    """A model: its tensors by name, in order, and for each layer of its only stack the checkpoint's layer behind it."""
+    """A model: its tensors by name, in order, and for each layer of its only stack the checkpoint's layer behind it.
+
+    `left_out` are tensors of its checkpoint that are no weights.
+    """
 
     model: str
     tensors: Mapping[str, Operand]
     origins: tuple[tuple[int, int], ...]
     vocabulary: Vocabulary | None = None
+    left_out: tuple[str, ...] = ()
 
     @property
     def layers(self) -> int:
@@ -76,20 +85,43 @@ class View:
 def view_of(model: Model, checkpoints: Sequence[Checkpoint]) -> View:
     """A model as a stage sees it. Layers are counted in its only stack, or else in the longest.
 
-    Raises UserError when its adapter does not fit.
+    Raises UserError when its adapter does not fit, or 8-bit weights and their scales.
     """
     number, own = model.checkpoint, checkpoints[model.checkpoint].tensors
+    found = Found(number, own, model.scale_block)
+    if found.problems:
+        shown = "\n".join(f"  - {problem}" for problem in found.problems[:_SHOWN])
+        more = f"\n  - and {len(found.problems) - _SHOWN} more" if len(found.problems) > _SHOWN else ""
+        raise UserError(f"{model.reference}: its 8-bit weights cannot be read:\n{shown}{more}")
+    stored = _dtype_beside(own)
+    if found.hidden:
+        own = {
+            name: replace(spec, dtype=stored) if name in found.scaled else spec
+            for name, spec in own.items()
+            if name not in found.hidden
+        }
     depth = max(stacks(own).values(), default=0)
     # A name may hold any number: then nothing is known of layers.
     depth = depth if depth <= MOST_LAYERS else 0
-    tensors: dict[str, Operand] = {name: Read(number, spec) for name, spec in own.items()}
+    tensors: dict[str, Operand] = {
+        name: Folded(found.scaled[name], None, stored) if name in found.scaled else Read(number, spec)
+        for name, spec in own.items()
+    }
     if model.adapter is not None:
         second, adapter = model.adapter
         changes, saved = changes_of(adapter, second, own, model.reference)
         for name in {**saved, **changes}:
-            read = Read(second, saved[name]) if name in saved else Read(number, own[name])
+            before = found.scaled.get(name) or Read(number, own[name])
+            read = Read(second, saved[name]) if name in saved else before
             tensors[name] = Folded(read, changes.get(name), own[name].dtype)
-    return View(model.reference, tensors, tuple((number, layer) for layer in range(depth)), model.vocabulary)
+    origins = tuple((number, layer) for layer in range(depth))
+    return View(model.reference, tensors, origins, model.vocabulary, tuple(found.left_out))
+
+
+def _dtype_beside(tensors: Mapping[str, TensorSpec]) -> str:
+    """The dtype that 8-bit weights count as: what the model has most of besides them, or BF16."""
+    found = [spec.dtype for spec in tensors.values() if spec.dtype in ("BF16", "F16")]
+    return max(dict.fromkeys(found), key=found.count, default="BF16")
 
 
 def with_heads(views: Sequence[View], models: Sequence[Model]) -> tuple[list[View], bool]:

@@ -6,13 +6,14 @@ has a head of its own, how many tokens it knows, and the ids of the special ones
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from streammerge.base.dtypes import RECIPE_DTYPES
+from streammerge.base.dtypes import DTYPES, RECIPE_DTYPES
 from streammerge.plan.names import head_of, stacks, vocabulary_of
 from streammerge.plan.plan import Plan
 from streammerge.plan.view import Model
@@ -24,6 +25,7 @@ CONFIG_NAME, GENERATION_NAME = "config.json", "generation_config.json"
 _NUMBERS_OF_LAYERS = re.compile(r"layers|layer_ind|idxs|layer_ids")
 # The flag by which a config says that the head is the embedding.
 _TIED = "tie_word_embeddings"
+_QUANTISATION = "quantization_config"
 # How configs call the number of layers.
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
 # Keys whose values are ids of tokens.
@@ -40,6 +42,7 @@ def output_config(plan: Plan, file: Path) -> bytes:
     config = parse_map(content, file)
     changed = _set_layers(plan, config) | _set_dtype(plan, config) | _set_tied(plan, config)
     changed |= _set_vocabulary(plan, config) | _set_token_ids(plan, config, CONFIG_NAME)
+    changed |= _set_quantisation(plan, config)
     return dump_map(config) if changed else content
 
 
@@ -65,8 +68,32 @@ def says_tied(checkpoint: Checkpoint) -> bool | None:
 
 def quantisation_of(checkpoint: Checkpoint) -> str | None:
     """How the config.json beside a checkpoint says that its weights are quantised, or None."""
-    found = _config_of(checkpoint).get("quantization_config")
-    return str(found.get("quant_method", "quantised")) if isinstance(found, dict) else None
+    found = _quantisation(_config_of(checkpoint))
+    return str(found.get("quant_method", "quantised")) if found else None
+
+
+def scale_block_of(checkpoint: Checkpoint) -> tuple[int, int] | None:
+    """The rows and columns that one scale is for, as the config.json beside a checkpoint says; or None."""
+    found = _quantisation(_config_of(checkpoint))
+    # As transformers and DeepSeek write it, and as compressed-tensors does.
+    blocks = [found.get("weight_block_size")]
+    groups = found.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        blocks.append(weights.get("block_structure") if isinstance(weights, dict) else None)
+    for block in blocks:
+        if isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block):
+            return block[0], block[1]
+    return None
+
+
+def _quantisation(config: dict[str, Any]) -> dict[str, Any]:
+    """What a configuration says of quantised weights, in itself or in its text part."""
+    for path in _maps(config):
+        found = _at(config, path).get(_QUANTISATION)
+        if isinstance(found, dict):
+            return found
+    return {}
 
 
 def _config_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -258,10 +285,49 @@ def _at(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
     return config
 
 
+def _set_quantisation(plan: Plan, config: dict[str, Any]) -> bool:
+    """Where the weights are in 8 bits with scales, or were: what the first such model says, or nothing any more."""
+    before = _quantisation(config)
+    made = next((tensor.scaling for tensor in plan.tensors if tensor.scaling is not None), None)
+    copied = any(DTYPES[tensor.dtype].kind == "quantised" for tensor in plan.tensors)
+    if made is None and not copied:
+        for path in _maps(config):
+            _at(config, path).pop(_QUANTISATION, None)
+        return bool(before)
+    told = [_quantisation(_config_of(checkpoint)) for checkpoint in plan.checkpoints]
+    wanted = next((copy.deepcopy(each) for each in (before, *told) if each), None)
+    if wanted is None:
+        # As DeepSeek's models say it, and transformers reads it.
+        wanted = {"quant_method": "fp8", "fmt": "e5m2" if made and made.dtype == "F8_E5M2" else "e4m3",
+                  "activation_scheme": "dynamic", "weight_block_size": list(made.grid.block) if made else None,
+                  "modules_to_not_convert": _left_as_they_are(plan)}  # fmt: skip
+    # Scales of activations, which were left out.
+    if "activation_scheme" in wanted:
+        wanted["activation_scheme"] = "dynamic"
+    groups = wanted.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        activations = group.get("input_activations") if isinstance(group, dict) else None
+        if isinstance(activations, dict):
+            activations["dynamic"] = True
+    if wanted == before:
+        return False
+    for path in _maps(config):
+        _at(config, path).pop(_QUANTISATION, None)
+    config[_QUANTISATION] = wanted
+    return True
+
+
+def _left_as_they_are(plan: Plan) -> list[str]:
+    """Modules with a matrix that is not in 8 bits."""
+    matrices = [tensor for tensor in plan.tensors if len(tensor.shape) == 2 and tensor.name.endswith(".weight")]
+    return sorted(tensor.name.removesuffix(".weight") for tensor in matrices if tensor.scaling is None)
+
+
 def _set_dtype(plan: Plan, config: dict[str, Any]) -> bool:
     sizes: dict[str, int] = {}
     for tensor in plan.tensors:
-        if tensor.dtype in RECIPE_DTYPES.values():
+        # Where there are codes, it is of what they stand for.
+        if tensor.dtype in RECIPE_DTYPES.values() and DTYPES[tensor.dtype].kind == "float":
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
     if not sizes:
         return False

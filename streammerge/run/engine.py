@@ -3,6 +3,7 @@
     for each tensor of the plan that the journal does not have:
         merge    for each step: arguments = its method's measure, the looks answered from the tiles
                  each tile: program(tile, arguments) of every step; the last one's area -> WriteBehind
+                 in 8 bits: its codes -> WriteBehind, and after the last tile their scales
         copy     each tile -> WriteBehind
 
 A tensor of few tiles keeps them in their slots through all looks; a longer one is read again for each. Reading runs
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from streammerge.base.errors import UserError
 from streammerge.plan.budget import Schedule
@@ -24,6 +26,7 @@ from streammerge.run.journal import Done
 from streammerge.run.lane import Merged, scan
 from streammerge.run.looking import Looker, Work
 from streammerge.run.pipeline import ReadAhead, Tile, WriteBehind
+from streammerge.run.scaling import Scaler
 
 
 class Engine:
@@ -56,12 +59,10 @@ class Engine:
     def _write_nothing(self, tensor: TensorPlan) -> None:
         """A tensor without elements has no tiles, but its line in the journal."""
 
-        def finish(checksum: str) -> Done:
-            return Done(tensor.name, checksum)
-
-        self._writer.put(
-            tensor, memoryview(b""), tensor.offset, ready=_nothing, release=_nothing, finish=finish
-        )  # fmt: skip
+        for name in tensor.names:
+            self._writer.put(
+                tensor, memoryview(b""), tensor.offset, ready=_nothing, release=_nothing, finish=partial(Done, name)
+            )
 
     def _copy(self, tensor: TensorPlan, tiles: list[Tile]) -> None:
         self._read_ahead()
@@ -85,14 +86,43 @@ class Engine:
             self._read_ahead()
         work = Work(tensor, self._seed, self._draws)
         tiles = looker.measure(work, tiles, resident=resident)
+        scaler = None if tensor.scaling is None else Scaler(tensor.scaling, tensor.elements)
+        if scaler is not None and not scaler.is_quick:
+            tiles = self._look_at_results(work, tiles, scaler, resident=resident)
         self._read_ahead()
         last = len(tensor.steps) - 1
         seen: list[Merged] = []
         for tile in tiles:
             looker.make(work, looker.get(tile), last)
-            out = tile.areas[-1]
+            out = tile.areas[len(tensor.reads) + last]
             seen.append(looker.run_step(work, last, tile.areas, out, tile.start, tile.elements))
-            self._put(tile, out, seen)
+            if scaler is not None:
+                seen[-1].ready()
+                scaler.store(out, tile.areas[-1], tile.start, tile.elements)
+            self._put(tile, tile.areas[-1], seen)
+        if scaler is not None:
+            self._put_scales(tensor, scaler)
+
+    def _look_at_results(self, work: Work, tiles: list[Tile], scaler: Scaler, *, resident: bool) -> list[Tile]:
+        """Make the whole result to find its scales. Returns the tiles to go on with, asked for."""
+        looker, tensor = self._looker, work.tensor
+        for tile in tiles:
+            looker.make(work, looker.get(tile), len(tensor.steps))
+            scaler.look(tile.areas[-2], tile.start, tile.elements)
+            if not resident:
+                self._reader.release(tile)
+        if not resident:
+            tiles = looker.tiles(tensor)
+            self._reader.request(tiles)
+        return tiles
+
+    def _put_scales(self, tensor: TensorPlan, scaler: Scaler) -> None:
+        scaling = tensor.scaling
+        assert scaling is not None
+        self._writer.put(
+            tensor, scaler.stored(), tensor.scale_offset, ready=_nothing, release=_nothing,
+            finish=partial(Done, scaling.scale_name),
+        )  # fmt: skip
 
     def _put(self, tile: Tile, area: Area, merged: list[Merged]) -> None:
         """Hand a tile's bytes to the writer; with the last tile, what the journal will say."""

@@ -32,7 +32,7 @@ def manifest(plan: Plan, done: Mapping[str, Done], side_files: Mapping[str, byte
         "files": {name: xxhash.xxh3_128_hexdigest(content) for name, content in sorted(side_files.items())},
         "shards": {shard.name: {"header": xxhash.xxh3_128_hexdigest(shard.header), "bytes": shard.nbytes}
                    for shard in plan.shards},
-        "tensors": {tensor.name: done[tensor.name].xxh3_128 for tensor in plan.tensors},
+        "tensors": {name: done[name].xxh3_128 for tensor in plan.tensors for name in tensor.names},
         "nonfinite": {
             tensor.name: {"inputs": done[tensor.name].nonfinite_inputs, "output": done[tensor.name].nonfinite_output}
             for tensor in plan.tensors

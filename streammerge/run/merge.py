@@ -192,7 +192,7 @@ def merge(recipe_path: Path, out: Path, options: Options, observer: Observer) ->
         journal = Journal(work / "journal")
         stack.callback(journal.close)
         trust(out, plan, journal)
-        pending = [tensor for tensor in plan.tensors if tensor.name not in journal.done]
+        pending = [tensor for tensor in plan.tensors if any(name not in journal.done for name in tensor.names)]
         compiling = consider(pending, schedule, options.compile, on_gpu=device.type == "cuda")
         seconds = estimate_seconds(plan, pending, schedule, compiling.seconds)
         observer.planned(plan, schedule, len(plan.tensors) - len(pending), seconds)

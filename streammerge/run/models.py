@@ -13,7 +13,7 @@ from streammerge.plan.recipe import Recipe
 from streammerge.plan.reference import Reference, find_local, parse_reference, resolve_local
 from streammerge.plan.view import Model
 from streammerge.plan.vocab import load_vocabulary, template_of
-from streammerge.run.configuration import reserved_ids, says_tied
+from streammerge.run.configuration import reserved_ids, says_tied, scale_block_of
 from streammerge.run.hub import HUB_NAME, commit_of, fetch_model
 from streammerge.run.sidefiles import tokenizer_directory
 from streammerge.storage.checkpoint import Checkpoint
@@ -77,6 +77,7 @@ def open_models(recipe: Recipe, note: Callable[[str], None]) -> tuple[list[Model
             None if each.adapter is None else (after[each.key[1]], adapters[each.key[1]]),
             says_tied(checkpoints[each.key[0]]),
             each.commits,
+            scale_block=scale_block_of(checkpoints[each.key[0]]),
         )
         for each in found
     ]

@@ -18,11 +18,13 @@ import xxhash
 
 from streammerge.kernels.contract import BLOCK
 from streammerge.plan.gather import Gathered
+from streammerge.plan.scaled import Scaled
 from streammerge.plan.tensor import TensorPlan
 from streammerge.run.arena import Area, Arena
 from streammerge.run.journal import Done, Record
 from streammerge.run.profile import Spent
 from streammerge.run.rows import read_rows
+from streammerge.run.scaling import read_scaled
 from streammerge.storage.sink import Shard
 from streammerge.storage.source import Source
 
@@ -73,6 +75,9 @@ def read_elements(sources: Sequence[Source], tensor: TensorPlan, into: Sequence[
     for area, read in zip(into, tensor.reads, strict=False):
         if isinstance(read, Gathered):
             count += read_rows(sources, read, area, start, elements, at, keep_cached=keep_cached)
+            continue
+        if isinstance(read, Scaled):
+            count += read_scaled(sources, read, area, start, elements, at, keep_cached=keep_cached)
             continue
         spec = read.spec
         view = area.bytes[at * area.itemsize : (at + elements) * area.itemsize]

@@ -83,7 +83,7 @@ def walk(plan: Plan, pending: Sequence[TensorPlan], equipment: Equipment, record
     schedule = equipment.schedule
     remaining = dict.fromkeys(range(len(plan.shards)), 0)
     for tensor in pending:
-        remaining[tensor.shard] += 1
+        remaining[tensor.shard] += len(tensor.names)
     with ExitStack() as stack:
         arena = Arena(schedule.slots, schedule.slot_bytes, schedule.scratch_bytes, touch=equipment.touch)
         sources = []

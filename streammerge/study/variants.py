@@ -26,6 +26,7 @@ from streammerge.plan.adapter import Change
 from streammerge.plan.gather import Read
 from streammerge.plan.names import head_of
 from streammerge.plan.plan import Plan
+from streammerge.plan.scaled import Scaled
 from streammerge.plan.tensor import TensorPlan
 from streammerge.storage.checkpoint import Checkpoint, TensorSpec
 from streammerge.storage.source import Source
@@ -173,6 +174,13 @@ def check_network(plan: Plan) -> None:
         raise UserError(
             f"{plan.recipe.path}: the first model's head is its embedding and another's is not. Such a merge can be "
             f"written, but not scored yet: the network that is run is built by the first one's config."
+        )
+    if any(isinstance(read, Scaled) for tensor in plan.tensors for read in tensor.reads) or any(
+        tensor.scaling is not None for tensor in plan.tensors
+    ):
+        raise UserError(
+            f"{plan.recipe.path}: its weights are in 8 bits with scales. Such a merge can be written, but not scored "
+            f"yet: write the models in bfloat16 first (passthrough, with `dtype: bfloat16`), and score those."
         )
     gathered = any(not isinstance(read, Read) for tensor in plan.tensors for read in tensor.reads)
     if gathered or (plan.vocabulary is not None and plan.vocabulary.changed):

@@ -380,20 +380,6 @@ def test_a_stack_with_holes_in_it_is_still_copied_whole(tmp_path: Path) -> None:
     assert set(merged) == {"layers.0.w", "layers.7.w"}
 
 
-@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
-def test_eight_bits_are_one_rounding_with_a_warning(tmp_path: Path, models: list[Path], dtype: str) -> None:
-    notes: list[str] = []
-    recipe = {"merge_method": "linear", "models": [{"model": str(path)} for path in models[:2]],
-              "parameters": {"weight": 1.0}, "out_dtype": dtype}  # fmt: skip
-    merged = merge(tmp_path, recipe, note=notes.append)
-    a, b = (load_file(path / "model.safetensors") for path in models[:2])
-    for name, tensor in merged.items():
-        expected = ((a[name].float() + b[name].float()) / 2).to(getattr(torch, dtype))
-        assert torch.equal(tensor.view(torch.uint8), expected.view(torch.uint8))
-    assert any("rounded to 8 bits as they are, without scales" in note for note in notes)
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
-
-
 def test_models_of_other_architectures_are_merged_with_a_warning(tmp_path: Path, models: list[Path]) -> None:
     for path, name in zip(models, ("LlamaForCausalLM", "MistralForCausalLM"), strict=False):
         (path / "config.json").write_text(json.dumps({"architectures": [name]}))

@@ -26,9 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import streammerge
-from streammerge.base.errors import OutputError, RecipeError
+from streammerge.base.errors import OutputError, RecipeError, UserError
 from streammerge.methods import METHODS
-from tests.models import make_models, save_model
+from tests.models import make_models, make_tensors, save_model
+from tests.scales import FORMS, save_scaled
 
 
 def merge(tmp_path: Path, recipe: dict[str, Any], name: str = "out", **options: Any) -> dict[str, Tensor]:
@@ -44,14 +45,22 @@ def task_vectors(method: str, models: list[Path], **parameters: Any) -> dict[str
             "parameters": {"weight": 0.5, **parameters}}  # fmt: skip
 
 
-def test_1_quantised_weights_are_refused_and_not_merged_as_numbers(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        save_model(tmp_path / name, {"w": torch.zeros(8, 8).to(torch.float8_e4m3fn)})
-    recipe = {"merge_method": "linear", "parameters": {"weight": 1},
-              "models": [{"model": str(tmp_path / name)} for name in ("a", "b")]}  # fmt: skip
-    with pytest.raises(RecipeError, match="quantised weights cannot be merged yet"):
-        merge(tmp_path, recipe)
-    assert not (tmp_path / "out").exists()
+def test_1_codes_are_merged_as_what_they_stand_for_or_refused(tmp_path: Path) -> None:
+    """There their bytes are averaged and their scales dropped: garbage, with exit code 0."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    weights = [make_tensors(seed, shapes={name: (128, 128)}, dtype=torch.float32) for seed in range(2)]
+    for seed, own in enumerate(weights):
+        save_scaled(tmp_path / f"m{seed}", own, FORMS["blocks"])
+    recipe = {"merge_method": "linear", "parameters": {"weight": 0.5}, "dtype": "bfloat16",
+              "models": [{"model": str(tmp_path / f"m{seed}")} for seed in range(2)]}  # fmt: skip
+    merged = merge(tmp_path, recipe)
+    assert set(merged) == {name}
+    mean = (weights[0][name] + weights[1][name]) / 2
+    assert (merged[name].float() - mean).norm() < 0.04 * mean.norm()
+    save_model(tmp_path / "m1", {name: torch.zeros(128, 64, dtype=torch.uint8), f"{name}.absmax": torch.ones(256)})
+    with pytest.raises(UserError, match=r"bitsandbytes \(4 bits\)"):
+        merge(tmp_path, recipe, "refused")
+    assert not (tmp_path / "refused").exists()
 
 
 def test_5_the_donor_of_config_and_tokenizer_does_not_hang_on_a_hash(tmp_path: Path) -> None:
