@@ -6,10 +6,12 @@ will do, and no strip is large.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -132,14 +134,16 @@ def codes_of(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     scales = scales.to(torch.float32)
     quotients = values / scales
     # A quotient may have been rounded onto the middle between two codes; then the exact one says to which side it goes.
-    near = quotients.view(torch.int32).bitwise_and(_TAIL).eq_(0)
-    if bool(near.any()):
-        rows, columns = near.nonzero(as_tuple=True)
-        found = quotients[rows, columns]
-        exact = values[rows, columns].to(torch.float64) / scales.expand(values.shape)[rows, columns].to(torch.float64)
+    # numpy finds the few of them in a tenth of torch's time.
+    near = torch.from_numpy(np.flatnonzero(quotients.view(torch.int32).bitwise_and(_TAIL).eq_(0).numpy()))
+    if len(near):
+        flat, found = quotients.view(-1), quotients.view(-1)[near]
+        divisors = scales[near % len(scales)]
+        exact = values.reshape(-1)[near].to(torch.float64) / divisors.to(torch.float64)
         towards = torch.where(exact > found, torch.inf, -torch.inf).to(torch.float32)
-        quotients[rows, columns] = torch.where(exact == found, found, torch.nextafter(found, towards))
+        flat[near] = torch.where(exact == found, found, torch.nextafter(found, towards))
     codes = quotients.to(dtype)
-    if not bool(torch.isfinite(quotients).all()):
+    # Finite ones are far too small for their sum to overflow.
+    if not math.isfinite(float(quotients.sum())):
         codes = torch.where(torch.isfinite(quotients), codes, torch.full_like(quotients, torch.nan).to(dtype))
     return codes

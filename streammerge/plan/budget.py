@@ -35,7 +35,7 @@ _WORK_PER_THREAD = 12 * MIB
 _WORK_PER_MODEL = 2 * MIB
 # Rows that are gathered as wider numbers, or codes that are made numbers, by every thread that reads.
 _WORK_OF_GATHERING = 4 * MIB
-# A strip that is made codes, with what is worked out of it.
+# Strips that are made codes, by every thread, with what is worked out of them.
 _WORK_OF_SCALING = 12 * MIB
 # More for folding adapters in: eight blocks at a time, in float64.
 _WORK_OF_FOLDING = 24 * MIB
@@ -114,7 +114,7 @@ def make_schedule(plan: Plan, *, limit_bytes: int, limited_by: str, allowed: boo
     factors = max(tensor.factor_bytes for tensor in (*plan.tensors, *plan.asked))
     # Those of the tensor before may still be there.
     work += _WORK_OF_GATHERING if any(_is_made(tensor) for tensor in kinds) else 0
-    work += _WORK_OF_SCALING if any(tensor.scaling is not None for tensor in kinds) else 0
+    work += threads * _WORK_OF_SCALING if any(tensor.scaling is not None for tensor in kinds) else 0
     work += 2 * factors + (threads * _WORK_OF_FOLDING if factors else 0)
     dirty = min(max(_LEAST_DIRTY, min(_MOST_DIRTY, limit_bytes // 8)), max(plan.bytes_to_write, 1))
     fixed = baseline_bytes + work + dirty

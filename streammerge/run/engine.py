@@ -14,7 +14,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+
+import torch
 
 from streammerge.base.errors import UserError
 from streammerge.plan.budget import Schedule
@@ -41,11 +44,17 @@ class Engine:
         # Tensors whose first tiles are asked for and not yet in work, with those tiles.
         self._ahead: deque[tuple[TensorPlan, list[Tile]]] = deque()
         self._waiting: Iterator[TensorPlan] = iter(())
+        # Threads that make codes; they begin with the first one to be made.
+        self._coders = ThreadPoolExecutor(schedule.threads, "code", torch.set_num_threads, (1,))
 
     def run(self, tensors: Sequence[TensorPlan]) -> None:
         """Merge `tensors`. Raises Stopped at the next tile once `stopping()` is true."""
         self._waiting = iter(tensors)
         self._read_ahead()
+        with self._coders:
+            self._run()
+
+    def _run(self) -> None:
         while self._ahead:
             tensor, tiles = self._ahead.popleft()
             if tensor.elements == 0:
@@ -86,7 +95,7 @@ class Engine:
             self._read_ahead()
         work = Work(tensor, self._seed, self._draws)
         tiles = looker.measure(work, tiles, resident=resident)
-        scaler = None if tensor.scaling is None else Scaler(tensor.scaling, tensor.elements)
+        scaler = None if tensor.scaling is None else Scaler(tensor.scaling, tensor.elements, self._coders)
         if scaler is not None and not scaler.is_quick:
             tiles = self._look_at_results(work, tiles, scaler, resident=resident)
         self._read_ahead()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Executor
 
 import torch
 from torch import Tensor
 
 from streammerge.kernels.dtypes import torch_dtype
-from streammerge.kernels.scaling import codes_of, largest, numbers, scales_for
+from streammerge.kernels.scaling import Strip, codes_of, largest, numbers, scales_for
 from streammerge.plan.gather import Read
 from streammerge.plan.scaled import Scaled, Scaling
 from streammerge.run.arena import Area
@@ -27,9 +29,8 @@ def read_scaled(sources: Sequence[Source], scaled: Scaled, into: Area, start: in
     codes = out.view(torch.uint8)[3 * elements :].view(torch_dtype(scaled.codes.dtype))
     count = _read(sources, scaled.codes, start, codes, keep_cached=keep_cached)
     strips = list(grid.strips(start, elements))
-    first = strips[0].first_block(grid)
-    stop = strips[-1].first_block(grid) + strips[-1].blocks(grid)
-    # Between the first and the last block a range may touch few; yet all of them are small.
+    # Whole rows of blocks: a range that begins within a row goes on at the beginning of the next one.
+    first, stop = (row * grid.columns for row in (strips[0].row_of_blocks, strips[-1].row_of_blocks + 1))
     scales = torch.empty(stop - first, dtype=torch_dtype(scaled.scales.dtype))
     count += _read(sources, scaled.scales, first, scales, keep_cached=keep_cached)
     scales = scales.to(torch.float32)
@@ -50,9 +51,10 @@ def _read(sources: Sequence[Source], read: Read, start: int, into: Tensor, *, ke
 
 
 class Scaler:
-    """Finds the scales of one output and makes its codes, range by range."""
+    """Finds the scales of one output and makes its codes, range by range, on the threads of `pool`."""
 
-    def __init__(self, scaling: Scaling, elements: int) -> None:
+    def __init__(self, scaling: Scaling, elements: int, pool: Executor) -> None:
+        self._pool = pool
         self._scaling, self._dtype = scaling, torch_dtype(scaling.dtype)
         rows = elements // scaling.grid.width
         blocks = (scaling.grid.row_of_blocks(rows - 1) + 1) * scaling.grid.columns if rows else 0
@@ -66,20 +68,25 @@ class Scaler:
     def look(self, area: Area, start: int, elements: int) -> None:
         """Take in the magnitudes of a range."""
         grid, values = self._scaling.grid, area.tensor.view(-1)
-        for strip in grid.strips(start, elements):
+        strips = list(grid.strips(start, elements))
+        found = self._pool.map(lambda strip: largest(strip, strip.of(values), grid), strips)
+        for strip, magnitudes in zip(strips, found, strict=True):
             first = strip.first_block(grid)
             known = self._largest[first : first + strip.blocks(grid)]
-            torch.maximum(known, largest(strip, strip.of(values), grid), out=known)
+            torch.maximum(known, magnitudes, out=known)
 
     def store(self, area: Area, codes: Area, start: int, elements: int) -> None:
         """Make the codes of a range: of whole blocks, or after all were looked at."""
         if self.is_quick:
             self.look(area, start, elements)
         grid, values, out = self._scaling.grid, area.tensor.view(-1), codes.tensor.view(-1)
-        for strip in grid.strips(start, elements):
+
+        def code(strip: Strip) -> None:
             first = strip.first_block(grid)
             scales = strip.spread(self._scales(first, first + strip.blocks(grid)), grid)
             strip.of(out).copy_(codes_of(strip.of(values), scales, self._dtype))
+
+        deque(self._pool.map(code, grid.strips(start, elements)), maxlen=0)
 
     def stored(self) -> memoryview:
         """The bytes of all scales."""

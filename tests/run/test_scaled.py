@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from operator import ne
@@ -18,10 +19,11 @@ from torch import Tensor
 import streammerge
 from streammerge.base.errors import RecipeError, UserError, VerificationFailed
 from streammerge.kernels.scaling import Grid
-from streammerge.plan.scaled import Scaling
+from streammerge.plan.scaled import Scaled, Scaling
 from streammerge.run.arena import Arena
 from streammerge.run.difference import compare
-from streammerge.run.scaling import Scaler
+from streammerge.run.scaling import Scaler, read_scaled
+from streammerge.storage.source import Source
 from tests.models import make_models, make_tensors, read_tensors, save_model, write_recipe
 from tests.run.test_adapters import write_adapter
 from tests.run.unfinished import before_the_side_files
@@ -213,7 +215,8 @@ def test_any_cut_gives_the_codes_of_the_whole(block: tuple[int, int]) -> None:
     elements = 2 * 500 * 700
     values = torch.randn(elements, generator=torch.Generator().manual_seed(0))
     area.tensor.view(-1)[:elements] = values
-    scaler = Scaler(scaling, elements)
+    pool = ThreadPoolExecutor(2)
+    scaler = Scaler(scaling, elements, pool)
     # Looking may be done in any pieces.
     for start in range(0, elements, 77_777):
         part = arena.areas(0, ("F32", "F8_E4M3"), 11)[0]
@@ -222,10 +225,59 @@ def test_any_cut_gives_the_codes_of_the_whole(block: tuple[int, int]) -> None:
         scaler.look(part, start, len(piece))
     area.tensor.view(-1)[:elements] = values
     scaler.store(area, codes, 0, elements)
+    pool.shutdown()
     form = Form(block)
     expected, scales = quantise(values.view(2, 500, 700), form)
     assert torch.equal(codes.tensor.view(-1)[:elements].view(torch.uint8), expected.reshape(-1).view(torch.uint8))
     assert torch.equal(torch.frombuffer(bytearray(scaler.stored()), dtype=torch.float32), scales.reshape(-1))
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_any_range_is_read_as_of_the_whole(tmp_path: Path, kind: str) -> None:
+    form = FORMS[kind]
+    stored = save_scaled(tmp_path / "m", make_tensors(0, shapes={UP: (300, 520)}, dtype=torch.float32), form)
+    plan = streammerge.make_plan(write_recipe(tmp_path / "r.yaml", "passthrough", [tmp_path / "m"]))
+    (tensor,) = plan.tensors
+    (read,) = tensor.reads
+    assert isinstance(read, Scaled)
+    codes, scales = stored[UP], spread(stored[UP + form.suffix], (300, 520), form)
+    expected = (codes.float() * scales.float()).view(-1)
+    source = Source(plan.checkpoints[0])
+    area = Arena(1, 4 * 3 * 65536, 0, touch=False).areas(0, ("F32",), 3)[0]
+    chance = random.Random(0)
+    for _ in range(200):
+        start = chance.randrange(300 * 520)
+        count, at = (
+            chance.randrange(1, min(300 * 520 - start, 1 << chance.randrange(1, 18)) + 1),
+            chance.randrange(9999),
+        )
+        read_scaled([source], read, area, start, count, at, keep_cached=True)
+        assert torch.equal(area.tensor.view(-1)[at : at + count], expected[start : start + count])
+    source.close()
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "della"])
+def test_long_rows_and_many_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """Tiles that begin within a row, looks at spans, and ranks in rows."""
+    monkeypatch.setattr("streammerge.plan.budget._TILE_BLOCKS", 1)
+    shapes = {UP: (700, 1300)}
+    models, stored = make_family(tmp_path, FORMS["blocks"], shapes)
+    wide = []
+    for seed, own in enumerate(stored):
+        scales = spread(own[UP + "_scale_inv"], shapes[UP], FORMS["blocks"]).float()
+        wide.append(
+            save_model(tmp_path / f"w{seed}", {UP: own[UP].float() * scales, **make_tensors(seed, shapes=REST)})
+        )
+    found = []
+    for number, (base, *others) in enumerate((models, wide)):
+        recipe = write_recipe(
+            tmp_path / f"{number}.yaml", method, others, **({} if method == "linear" else {"base": base}),
+            per_model={"weight": 0.5, **({} if method == "linear" else {"density": 0.4})}, dtype="float32",
+        )  # fmt: skip
+        merge(recipe, tmp_path / f"out{number}", max_memory="900MB")
+        found.append(read_tensors(tmp_path / f"out{number}"))
+    # What codes stand for, written down as float32, is merged to the same bits.
+    assert found[0] == found[1]
 
 
 def test_a_merge_that_lost_the_scales_makes_them_again(tmp_path: Path) -> None:
