@@ -36,6 +36,7 @@ from streammerge.command import (
     make_options,
     open_terminal,
 )
+from streammerge.moe_verb import moe
 from streammerge.ui import Steps, Terminal
 
 if TYPE_CHECKING:
@@ -360,7 +361,7 @@ def methods(
     with open_terminal(as_json=as_json) as terminal:
         from streammerge import methods_report
         from streammerge.methods import METHODS
-        from streammerge.plan.recipe import nearest
+        from streammerge.plan.document import nearest
 
         if name is not None and name not in METHODS:
             advice = nearest(name, list(METHODS)) or f" There are {', '.join(METHODS)}."
@@ -404,6 +405,7 @@ def clean(
 
 for verb in cluster_verbs.VERBS:
     app.command()(verb)
+app.command()(moe)
 
 
 @app.command()

@@ -44,6 +44,7 @@ FRONT = {
     "command",
     "difference_report",
     "methods_report",
+    "moe_verb",
     "report",
     "svg",
     "ui",
@@ -52,7 +53,7 @@ FRONT = {
 # Libraries that belong to certain rooms or files.
 HOMES: dict[str, tuple[str, ...]] = {
     "rich": ("ui.py",),
-    "typer": ("cli.py", "cluster_verbs.py", "command.py"),
+    "typer": ("cli.py", "cluster_verbs.py", "command.py", "moe_verb.py"),
     "click": ("cli.py",),
     "distributed": ("cluster/dask.py",),
     "dask_jobqueue": ("cluster/dask.py",),

@@ -34,6 +34,14 @@ tokenizer:
     <|z|>: {source: {model: {path: a}}}
     <|w|>: {source: a}
 """
+EXPERTS = """\
+base_model: c
+gate_mode: random
+experts_per_token: 1
+experts:
+  - {source_model: a, noise_scale: 0.01}
+  - {source_model: {model: b}, positive_prompts: [x], residual_scale: 0.5}
+"""
 
 
 def test_the_page_of_the_methods_is_current() -> None:
@@ -61,6 +69,7 @@ def problems(recipe: str) -> list[str]:
 def test_the_schema_takes_a_sound_recipe() -> None:
     assert problems(RECIPE) == []
     assert problems("merge_method: passthrough\nslices:\n- sources: [{model: a, layer_range: [0, 8]}]\n") == []
+    assert problems(EXPERTS) == []
 
 
 @pytest.mark.parametrize(
@@ -80,6 +89,19 @@ def test_the_schema_takes_a_sound_recipe() -> None:
 )
 def test_the_schema_finds_mistakes(old: str, new: str, place: str) -> None:
     assert any(found.startswith(place) for found in problems(RECIPE.replace(old, new)))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "place"),
+    [
+        ("random", "hidden", "$.gate_mode"),
+        ("per_token: 1", "per_token: 0", "$.experts_per_token"),
+        ("source_model: a", "model: a", "$.experts[0]"),
+        ("base_model: c", "merge_method: linear", "$"),
+    ],
+)
+def test_the_schema_finds_mistakes_in_recipes_of_experts(old: str, new: str, place: str) -> None:
+    assert place in problems(EXPERTS.replace(old, new))
 
 
 def test_the_command_lists_methods_and_shows_one() -> None:

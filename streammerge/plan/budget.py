@@ -19,6 +19,7 @@ from streammerge.base.errors import DoesNotFit
 from streammerge.base.units import format_size
 from streammerge.kernels.contract import BLOCK
 from streammerge.plan.gather import Read
+from streammerge.plan.given import Given
 from streammerge.plan.plan import Plan
 from streammerge.plan.tensor import UNWRITTEN, TensorPlan
 
@@ -33,7 +34,8 @@ _DEFAULT_ARENA = 192 * MIB
 # An allowance for the temporaries of one thread on one block of eager code: 48 of them in float32, 8 more per model.
 _WORK_PER_THREAD = 12 * MIB
 _WORK_PER_MODEL = 2 * MIB
-# Rows that are gathered as wider numbers, or codes that are made numbers, by every thread that reads.
+# Rows that are gathered as wider numbers, codes that are made numbers, or numbers that are drawn, by every thread that
+# reads.
 _WORK_OF_GATHERING = 4 * MIB
 # Strips that are made codes, by every thread, with what is worked out of them.
 _WORK_OF_SCALING = 12 * MIB
@@ -206,8 +208,8 @@ def _kinds(plan: Plan) -> list[TensorPlan]:
 
 
 def _is_made(tensor: TensorPlan) -> bool:
-    """Whether something that is read takes work: rows gathered, codes made numbers."""
-    return any(not isinstance(read, Read) for read in tensor.reads)
+    """Whether the threads that read need memory of their own for it."""
+    return any(not isinstance(read, Read | Given) for read in tensor.reads)
 
 
 def _reserve(limit: int) -> int:

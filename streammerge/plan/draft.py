@@ -83,7 +83,7 @@ def draft_stages(
 
     With `sequential`, random numbers are drawn as mergekit draws them.
     """
-    _check_readable(models, checkpoints)
+    check_readable(models, checkpoints)
     made, tied = with_heads([view_of(model, checkpoints) for model in models], models)
     views = {view.model: view for view in made}
     warnings = [
@@ -109,7 +109,7 @@ def draft_stages(
     return results, tied, warnings
 
 
-def _check_readable(models: Sequence[Model], checkpoints: Sequence[Checkpoint]) -> None:
+def check_readable(models: Sequence[Model], checkpoints: Sequence[Checkpoint]) -> None:
     """Raise UserError for all models whose weights are quantised in a way that cannot be merged."""
     found = {model.reference: quantised_as(checkpoints[model.checkpoint].tensors) for model in models}
     problems = [f"{name}: its weights are quantised by {form[0]}. {form[1]}." for name, form in found.items() if form]

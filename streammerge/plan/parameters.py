@@ -6,9 +6,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
 from streammerge.kernels.contract import Param, Settings, Value
+from streammerge.plan.document import nearest
 from streammerge.plan.names import answers_to
 from streammerge.plan.places import Place
-from streammerge.plan.recipe import Input, Module, Parameters, Slice, Stage, nearest
+from streammerge.plan.recipe import Input, Module, Parameters, Slice, Stage
 from streammerge.plan.setting import Setting, value_at
 
 Finder = Callable[[Place, dict[str, None]], tuple[Value | None, ...]]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from streammerge.plan.document import nearest
 from streammerge.plan.names import in_layer, is_buffer, is_front, layer_of, listing, modules_of, position, stacks
-from streammerge.plan.recipe import Input, Module, Slice, Stage, nearest
+from streammerge.plan.recipe import Input, Module, Slice, Stage
 from streammerge.plan.view import MOST_LAYERS, View
 
 _SHOWN = 10

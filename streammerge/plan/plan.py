@@ -18,6 +18,7 @@ import xxhash
 from streammerge.base.errors import RecipeError
 from streammerge.kernels.contract import Method, Settings
 from streammerge.plan.draft import Draft, draft_stages
+from streammerge.plan.experts import Ground, draft_experts
 from streammerge.plan.group import with_one_work
 from streammerge.plan.layout import ShardLayout, lay_out
 from streammerge.plan.names import head_of
@@ -41,7 +42,7 @@ class Plan:
     tokenizer the output takes; after them come those of adapters. `settings` are the parameters of the last stage, by
     tensor. `layers` says which checkpoint's layer, if only for config.json, is behind each layer of the output; `tied`,
     that all models use their embedding as head, and so does the output. `vocabulary` is the output's where the recipe
-    says something of it, and `template` its chat template likewise.
+    says something of it, and `template` its chat template likewise. `ground` is what a model with experts stands on.
     """
 
     recipe: Recipe
@@ -58,6 +59,7 @@ class Plan:
     seed: int
     facts: dict[str, Any]
     warnings: tuple[str, ...]
+    ground: Ground | None = None
 
     @property
     def method(self) -> Method:
@@ -85,10 +87,12 @@ class Plan:
 
 
 def build_plan(recipe: Recipe, models: Sequence[Model], checkpoints: Sequence[Checkpoint], *, seed: int,
-               shard_bytes: int, strict: bool = False, sequential: bool = False) -> Plan:  # fmt: skip
+               shard_bytes: int, strict: bool = False, sequential: bool = False,
+               ground: Ground | None = None) -> Plan:  # fmt: skip
     """The plan of `recipe` over its models (one per `recipe.inputs`, in that order). `strict`: no warnings pass.
 
-    With `sequential`, random numbers are drawn one after the other, as mergekit draws them.
+    With `sequential`, random numbers are drawn one after the other, as mergekit draws them. A recipe that makes experts
+    needs its `ground`.
 
     Raises ShapeMismatch when only shapes disagree, UserError when an adapter does not fit, RecipeError for everything
     else; all name every tensor (the first ten) that is wrong.
@@ -96,7 +100,12 @@ def build_plan(recipe: Recipe, models: Sequence[Model], checkpoints: Sequence[Ch
     if sequential and not recipe.is_simple:
         advice = "--rng mergekit works for one document with `models:`, not for slices, modules or several documents"
         raise RecipeError(str(recipe.path), [advice])
-    results, tied, warnings = draft_stages(recipe, models, checkpoints, sequential=sequential)
+    if recipe.moe is not None:
+        assert ground is not None
+        made, tied, warnings = draft_experts(recipe.moe, str(recipe.path), models, checkpoints, ground, seed)
+        results = [made]
+    else:
+        results, tied, warnings = draft_stages(recipe, models, checkpoints, sequential=sequential)
     result = results[-1]
     vocabulary = result.vocabulary if any(stage.tokenizer is not None for stage in recipe.stages) else None
     template = _template(recipe, models)
@@ -148,8 +157,11 @@ def build_plan(recipe: Recipe, models: Sequence[Model], checkpoints: Sequence[Ch
         facts["vocabulary"] = [vocabulary.digest, *_models_of(vocabulary, models)]
     if template is not None:
         facts["chat_template"] = xxhash.xxh3_128_hexdigest(template.encode("utf-8", "surrogatepass"))
+    if recipe.moe is not None and ground is not None:
+        # What only config.json says.
+        facts["moe"] = [ground.architecture.name, recipe.moe.per_token]
     return Plan(recipe, tuple(models), tuple(checkpoints), tuple(tensors), tuple(asked), settings, result.origins, tied,
-                vocabulary, template, shards, seed, facts, (*recipe.warnings, *warnings))  # fmt: skip
+                vocabulary, template, shards, seed, facts, (*recipe.warnings, *warnings), ground)  # fmt: skip
 
 
 def _with_copied_scales(drafts: Mapping[str, Operand]) -> dict[str, Operand]:

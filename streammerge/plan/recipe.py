@@ -7,37 +7,28 @@ What mergekit ignores silently (a misspelt key, a parameter no method has) is a 
 from __future__ import annotations
 
 import copy
-import difflib
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
-from streammerge.base.dtypes import DTYPES, RECIPE_DTYPES
+from streammerge.base.dtypes import DTYPES
 from streammerge.base.errors import InputError, RecipeError
 from streammerge.kernels.contract import Method
 from streammerge.methods import METHODS
 from streammerge.plan.analysis import AnalysisOptions, Decisions
+from streammerge.plan.document import Document, Place, known_dtype, nearest, problem_text, read_yaml, where
+from streammerge.plan.moe import MOE, Moe, is_moe, read_moe
 from streammerge.plan.reference import parse_reference, reference_text
 from streammerge.plan.setting import Setting, parse_setting
 from streammerge.plan.template import check_template
 from streammerge.plan.tokenizer import Tokenizer, TokenizerForm
 
 _MAX_BYTES = 4_000_000
-_MAX_NODES = 200_000
 # A chain of 400 works; one of 1,200 is deeper than Python's stack.
 _MAX_DOCUMENTS = 300
-_SHOWN = 100
-
-
-class _Document(BaseModel):
-    """What a recipe may hold. Unknown keys are kept, to be warned of."""
-
-    model_config = ConfigDict(extra="allow", arbitrary_types_allowed=True)
 
 
 def _settings(content: Any) -> Any:
@@ -57,7 +48,7 @@ def _settings(content: Any) -> Any:
     return parsed
 
 
-class _Source(_Document):
+class _Source(Document):
     model: str
     layer_range: tuple[int, int] | None = None
     parameters: dict[str, Any] = Field(default_factory=dict)
@@ -73,7 +64,7 @@ class _Source(_Document):
         return layers
 
 
-class _Slice(_Document):
+class _Slice(Document):
     sources: list[_Source]
     base_model: str | None = None
     residual_weight: Any = None
@@ -83,7 +74,7 @@ class _Slice(_Document):
     _path = field_validator("base_model", mode="before")(reference_text)
 
 
-class _Module(_Document):
+class _Module(Document):
     models: list[_Source] = Field(default_factory=list)
     slices: list[_Slice] = Field(default_factory=list)
     parameters: dict[str, Any] = Field(default_factory=dict)
@@ -91,7 +82,7 @@ class _Module(_Document):
     _parse = field_validator("parameters", mode="before")(_settings)
 
 
-class _Recipe(_Document):
+class _Recipe(Document):
     merge_method: str
     name: str | None = None
     models: list[_Source] = Field(default_factory=list)
@@ -111,6 +102,7 @@ class _Recipe(_Document):
 
     _parse = field_validator("parameters", mode="before")(_settings)
     _path = field_validator("base_model", "tokenizer_source", mode="before")(reference_text)
+    _dtype = field_validator("dtype", "out_dtype")(known_dtype)
 
     @field_validator("chat_template")
     @classmethod
@@ -118,16 +110,6 @@ class _Recipe(_Document):
         if text is not None:
             check_template(text)
         return text
-
-    @field_validator("dtype", "out_dtype")
-    @classmethod
-    def _known_dtype(cls, name: str | None) -> str | None:
-        if name is None:
-            return None
-        dtype = RECIPE_DTYPES.get(name.removeprefix("torch."))
-        if dtype is None:
-            raise ValueError(f"{name!r} is none of {', '.join(RECIPE_DTYPES)}")
-        return dtype
 
 
 Parameters = dict[str, Setting]
@@ -199,7 +181,8 @@ class Recipe:
     """What the user asked for: `stages` in the order in which they need each other; the last one is what is written.
 
     `text` is the file as given. `chat_template` is the name of one, "auto", or one itself. `tasks` is the list under
-    that key as it stands (study/tasks.py reads it); `proxy`, `decisions` and `analysis` say how to analyse.
+    that key as it stands (study/tasks.py reads it); `proxy`, `decisions` and `analysis` say how to analyse. `moe` is
+    what a recipe says that makes experts of dense models.
     """
 
     path: Path
@@ -211,6 +194,7 @@ class Recipe:
     proxy: Literal["weights"] | None = None
     decisions: Decisions = "guarded"
     analysis: AnalysisOptions = field(default_factory=AnalysisOptions)
+    moe: Moe | None = None
 
     @property
     def is_analysed(self) -> bool:
@@ -283,11 +267,14 @@ def parse_recipe(text: str, path: Path, *, strict: bool = False) -> Recipe:
     documents: list[tuple[_Recipe, dict[Place, int]]] = []
     problems: list[str] = []
     warnings: list[str] = []
-    for content, lines in _read_yaml(text, path):
+    contents = read_yaml(text, path)
+    if any(is_moe(content) for content, _ in contents):
+        return _moe_recipe(text, path, contents, strict=strict)
+    for content, lines in contents:
         try:
             document = _Recipe.model_validate(content)
         except ValidationError as error:
-            problems += [_problem(details, lines) for details in error.errors()]
+            problems += [problem_text(details, lines) for details in error.errors()]
             problems += _problems_of_the_rest(content, [details["loc"] for details in error.errors()], lines, path)
             continue
         found, warned = _Checks(document, lines, path).run()
@@ -326,7 +313,16 @@ def parse_recipe(text: str, path: Path, *, strict: bool = False) -> Recipe:
     )
 
 
-Place = tuple[str | int, ...]
+def _moe_recipe(text: str, path: Path, contents: list[tuple[Any, dict[Place, int]]], *, strict: bool) -> Recipe:
+    """A recipe that makes experts of dense models."""
+    if len(contents) > 1:
+        advice = "a document with `experts:` stands alone: merge the others first, and name their directories"
+        raise RecipeError(str(path), [advice])
+    moe, warnings = read_moe(*contents[0], path, strict=strict)
+    sources = tuple(Input(model, {}) for model in moe.sources)
+    modules = (Module(None, (Slice(Input(moe.base, {}), sources),)),)
+    stage = Stage(None, MOE, moe.base, modules, moe.dtype, None, {}, moe.base)
+    return Recipe(path=path, text=text, stages=(stage,), warnings=tuple(warnings), moe=moe)
 
 
 def _in_order(documents: list[_Recipe], path: Path) -> list[_Recipe]:
@@ -380,74 +376,6 @@ def _problems_of_the_rest(content: Any, places: list[Place], lines: dict[Place, 
     return _Checks(document, lines, path).run()[0]
 
 
-def _read_yaml(text: str, path: Path) -> list[tuple[Any, dict[Place, int]]]:
-    """The content of every YAML document that has any, and the line of every key and item."""
-    try:
-        numbered = []
-        for root in yaml.compose_all(text, Loader=yaml.SafeLoader):
-            lines: dict[Place, int] = {}
-            _walk(root, (), lines, path)
-            numbered.append(lines)
-        contents = list(yaml.safe_load_all(text))
-        if not any(content is not None for content in contents):
-            raise RecipeError(str(path), ["the file is empty; a recipe needs at least merge_method and models"])
-        return [pair for pair in zip(contents, numbered, strict=True) if pair[0] is not None]
-    except yaml.MarkedYAMLError as error:
-        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise RecipeError(str(path), [f"{line}not YAML: {error.problem or error.context}"]) from None
-    except yaml.YAMLError as error:
-        raise RecipeError(str(path), [f"not YAML: {error}"]) from None
-    except (ValueError, OverflowError, KeyError, AttributeError, TypeError) as error:
-        # A scalar that looks like a date or a number and is none: PyYAML has no error of its own for these.
-        raise RecipeError(str(path), [f"not YAML: a value cannot be read: {error}"]) from None
-    except RecursionError:
-        raise RecipeError(str(path), ["nested too deeply"]) from None
-
-
-def _walk(node: yaml.Node, place: Place, lines: dict[Place, int], path: Path) -> None:
-    lines[place] = node.start_mark.line + 1
-    # Aliases make a small file large: every visit counts.
-    if len(lines) > _MAX_NODES:
-        raise RecipeError(str(path), [f"more than {_MAX_NODES} values; this is no recipe"])
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            name = str(key.value)
-            if (*place, name) in lines:
-                raise RecipeError(str(path), [f"line {key.start_mark.line + 1}: {name!r} is given twice"])
-            _walk(value, (*place, name), lines, path)
-            lines[(*place, name)] = key.start_mark.line + 1
-    elif isinstance(node, yaml.SequenceNode):
-        for i, item in enumerate(node.value):
-            _walk(item, (*place, i), lines, path)
-
-
-def _problem(details: ErrorDetails, lines: dict[Place, int]) -> str:
-    place = details["loc"]
-    message = details["msg"].removeprefix("Value error, ")
-    if details["type"] == "missing":
-        message = "is missing"
-    elif details["type"] == "string_type":
-        message = f"expected text, found {_brief(details['input'])}"
-    elif details["type"] in ("list_type", "model_type", "dict_type"):
-        kind = "list" if details["type"] == "list_type" else "map"
-        message = f"expected a {kind}, found {_brief(details['input'])}"
-    return f"{_where(place, lines)}{message}"
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
-
-
-def _where(place: Place, lines: dict[Place, int]) -> str:
-    """`line 7: models[1].parameters: `, with the line of the nearest thing that exists."""
-    known = place
-    while known and known not in lines:
-        known = known[:-1]
-    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
-    return f"line {lines.get(known, 1)}: {name + ': ' if name else ''}"
-
-
 class _Checks:
     """What a schema cannot say: the method, its parameters, the number of models."""
 
@@ -483,10 +411,10 @@ class _Checks:
         return self._problems, self._warnings
 
     def _problem(self, place: Place, message: str) -> None:
-        self._problems.append(_where(place, self._lines) + message)
+        self._problems.append(where(place, self._lines) + message)
 
     def _warn(self, place: Place, message: str) -> None:
-        self._warnings.append(_where(place, self._lines) + message)
+        self._warnings.append(where(place, self._lines) + message)
 
     def _unknown_keys(self, document: BaseModel, place: Place) -> None:
         known = list(type(document).model_fields)
@@ -637,12 +565,6 @@ def _tokenizer(document: _Recipe) -> Tokenizer | None:
     if document.tokenizer is not None:
         return document.tokenizer.read()
     return None if document.tokenizer_source is None else Tokenizer(document.tokenizer_source)
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """A question after the most similar of the `known` names, or nothing."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {near[0]}?" if near else ""
 
 
 def _stage(document: _Recipe) -> Stage:

@@ -8,6 +8,8 @@ from streammerge.base.dtypes import RECIPE_DTYPES
 from streammerge.kernels.contract import Param
 from streammerge.methods import METHODS
 from streammerge.plan.analysis import AnalysisOptions, Decisions
+from streammerge.plan.architecture import ARCHITECTURES
+from streammerge.plan.moe import Gates
 from streammerge.plan.template import AUTO, NAMES
 
 _SCALARS: dict[str, dict[str, Any]] = {
@@ -30,7 +32,6 @@ def recipe_schema() -> dict[str, Any]:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "StreamMerge recipe",
         "type": "object",
-        "required": ["merge_method"],
         "properties": {
             "merge_method": {"enum": list(METHODS), "description": "see `streammerge methods`"},
             "name": {"type": "string", "description": "this document's result, for other documents to use as a model"},
@@ -82,8 +83,25 @@ def recipe_schema() -> dict[str, Any]:
             "proxy": {"enum": ["weights"], "description": "hi_merging without data"},
             "decisions": {"enum": list(get_args(Decisions)), "description": "hi_merging: how conflicts are resolved"},
             "analysis": AnalysisOptions.model_json_schema(),
+            "experts": {
+                "type": "array", "items": {"$ref": "#/$defs/expert"}, "minItems": 2,
+                "description": "in place of merge_method: MLPs of other models as experts of one",
+            },
+            "shared_experts": {
+                "type": ["array", "null"], "items": {"$ref": "#/$defs/expert"}, "description": "one, for Qwen2-MoE",
+            },
+            "gate_mode": {"enum": list(get_args(Gates)), "description": "what the router knows experts by"},
+            "experts_per_token": {"type": "integer", "minimum": 1, "default": 2},
+            "architecture": {
+                "type": "string", "description": f"{', '.join(ARCHITECTURES)}; without it, what the base can become",
+            },
         },
-        "oneOf": [{"required": ["models"]}, {"required": ["slices"]}, {"required": ["modules"]}],
+        "if": {"required": ["experts"]},
+        "then": {"required": ["base_model", "gate_mode"], "not": {"required": ["merge_method"]}},
+        "else": {
+            "required": ["merge_method"],
+            "oneOf": [{"required": ["models"]}, {"required": ["slices"]}, {"required": ["modules"]}],
+        },
         "allOf": documents,
         "$defs": {
             "model": {
@@ -124,6 +142,17 @@ def recipe_schema() -> dict[str, Any]:
                         "description": "first layer, and one after the last",
                     },
                     "parameters": {"type": "object"},
+                },
+            },
+            "expert": {
+                "type": "object",
+                "required": ["source_model"],
+                "properties": {
+                    "source_model": {"$ref": "#/$defs/model"},
+                    "positive_prompts": {"type": "array", "items": {"type": "string"}},
+                    "negative_prompts": {"type": "array", "items": {"type": "string"}},
+                    "residual_scale": {"type": "number", "description": "times the last matrix of its MLPs"},
+                    "noise_scale": {"type": "number", "minimum": 0, "description": "deviation of noise in its MLPs"},
                 },
             },
             "slice": {

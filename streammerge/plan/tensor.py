@@ -15,13 +15,15 @@ from streammerge.methods.passthrough import AS_IT_IS, PASSTHROUGH
 from streammerge.plan.adapter import Change
 from streammerge.plan.draft import Draft
 from streammerge.plan.gather import Gathered, Read
+from streammerge.plan.given import Drawn, Given
 from streammerge.plan.scaled import Scaled, Scaling
 from streammerge.plan.view import Folded, Operand
 
+# Everything that can be read for a tensor: of a checkpoint, of several, or of none.
+Leaf = Read | Gathered | Scaled | Given | Drawn
+
 # The shard of a tensor that is only looked at.
 UNWRITTEN = -1
-# What can be read: as it stands, in other rows, times its scales.
-Readable = Read | Gathered | Scaled
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class TensorPlan:
     dtype: str
     shape: tuple[int, ...]
     elements: int
-    reads: tuple[Readable, ...]
+    reads: tuple[Leaf, ...]
     steps: tuple[Step, ...]
     shard: int
     offset: int
@@ -136,9 +138,9 @@ class TensorPlan:
         return all(DTYPES[self.dtypes[i]].bits == 16 for i in step.operands)
 
 
-def work_of(draft: Operand) -> tuple[tuple[Readable, ...], tuple[Step, ...]]:
+def work_of(draft: Operand) -> tuple[tuple[Leaf, ...], tuple[Step, ...]]:
     """What is read for an output tensor, and the steps that are done with it; none if it comes to a copy."""
-    reads: list[Readable] = []
+    reads: list[Leaf] = []
     # A step is an operand by its number, counted from −1 downwards until the number of reads is known.
     steps: list[Step] = []
     known: dict[int | tuple[Folded, str], int] = {}
@@ -162,7 +164,7 @@ def work_of(draft: Operand) -> tuple[tuple[Readable, ...], tuple[Step, ...]]:
         return known[of, dtype]
 
     def operand(of: Operand) -> int:
-        if isinstance(of, Readable):
+        if isinstance(of, Leaf):
             if of not in reads:
                 reads.append(of)
             return reads.index(of)
@@ -188,9 +190,9 @@ def work_of(draft: Operand) -> tuple[tuple[Readable, ...], tuple[Step, ...]]:
     return tuple(reads), tuple(numbered)
 
 
-def _leaves(draft: Operand) -> Iterator[Readable]:
+def _leaves(draft: Operand) -> Iterator[Leaf]:
     """Everything that a tensor is made of. Of integers all of it must agree."""
-    if isinstance(draft, Readable | Folded):
+    if isinstance(draft, Leaf | Folded):
         # Integers are in no adapter's change.
         yield draft.read if isinstance(draft, Folded) else draft
         return

@@ -96,13 +96,11 @@ def is_of_tokenizer(name: str) -> bool:
 
 def load_vocabulary(directory: Path) -> Vocabulary | None:
     """The vocabulary in a model's directory; None where there is no tokenizer. Raises InputError."""
-    file, text = directory / FILE_NAME, None
-    if file.is_file():
-        content = read_text(file)
-    elif has_tokenizer(directory):
-        content = text = _converted(directory)
-    else:
+    file = directory / FILE_NAME
+    content = _tokenizer_text(directory)
+    if content is None:
         return None
+    text = None if file.is_file() else content
     loaded, ids = _by_library(content, f"{file}: its tokenizer")
     added = {
         token.content: {name: getattr(token, name) for name in _PROPERTIES}
@@ -118,6 +116,23 @@ def load_vocabulary(directory: Path) -> Vocabulary | None:
         raise InputError(f"{file}: its tokenizer has no tokens.")
     return Vocabulary(directory, dict(sorted(ids.items(), key=lambda item: item[1])), added,
                       type(loaded.model).__name__, text)  # fmt: skip
+
+
+def encode(directory: Path, texts: Sequence[str]) -> list[list[int]] | None:
+    """The ids of the tokens of each text, by the tokenizer in a directory, without special ones around it.
+
+    None where there is no tokenizer. Raises InputError.
+    """
+    content = _tokenizer_text(directory)
+    if content is None:
+        return None
+    loaded, _ = _by_library(content, f"{directory / FILE_NAME}: its tokenizer")
+    loaded.no_truncation()
+    loaded.no_padding()
+    try:
+        return [list(found.ids) for found in loaded.encode_batch(list(texts), add_special_tokens=False)]
+    except Exception as error:  # noqa: BLE001 - the library has no kind of its own
+        raise InputError(f"{directory / FILE_NAME}: its tokenizer cannot cut up a text: {_brief(error)}.") from None
 
 
 def template_of(directory: Path) -> str | None:
@@ -197,6 +212,13 @@ def is_other_form(name: str) -> bool:
 def listed(tokens: Sequence[str]) -> str:
     """The first three tokens, and how many more there are."""
     return listing([repr(token) for token in tokens])
+
+
+def _tokenizer_text(directory: Path) -> str | None:
+    """The tokenizer.json in a directory, or what another form of it comes to; None where there is neither."""
+    if (file := directory / FILE_NAME).is_file():
+        return read_text(file)
+    return _converted(directory) if has_tokenizer(directory) else None
 
 
 def _told(directory: Path) -> list[tuple[int, dict[str, Any]]]:

@@ -17,6 +17,7 @@ from streammerge.base.dtypes import DTYPES, RECIPE_DTYPES
 from streammerge.plan.names import head_of, stacks, vocabulary_of
 from streammerge.plan.plan import Plan
 from streammerge.plan.view import Model
+from streammerge.run.moe_config import make_moe_config
 from streammerge.storage.checkpoint import Checkpoint
 from streammerge.storage.jsonfile import dump_map, parse_map, read_bytes, read_map
 
@@ -40,7 +41,8 @@ def output_config(plan: Plan, file: Path) -> bytes:
     """The donor's config.json, in `file`, for the output. Raises InputError."""
     content = read_bytes(file)
     config = parse_map(content, file)
-    changed = _set_layers(plan, config) | _set_dtype(plan, config) | _set_tied(plan, config)
+    changed = _set_experts(plan, config)
+    changed |= _set_layers(plan, config) | _set_dtype(plan, config) | _set_tied(plan, config)
     changed |= _set_vocabulary(plan, config) | _set_token_ids(plan, config, CONFIG_NAME)
     changed |= _set_quantisation(plan, config)
     return dump_map(config) if changed else content
@@ -103,6 +105,15 @@ def _config_of(checkpoint: Checkpoint) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}
+
+
+def _set_experts(plan: Plan, config: dict[str, Any]) -> bool:
+    """Where a model with experts is made of dense ones."""
+    moe, ground = plan.recipe.moe, plan.ground
+    if moe is None or ground is None:
+        return False
+    make_moe_config(config, ground.architecture, len(moe.experts), moe.per_token)
+    return True
 
 
 def _set_layers(plan: Plan, config: dict[str, Any]) -> bool:

@@ -27,6 +27,7 @@ from streammerge.run.check import verify, verify_inputs
 from streammerge.run.compiling import Compile, consider
 from streammerge.run.configuration import CONFIG_NAME, architecture, lost_tokens
 from streammerge.run.estimate import estimate_seconds
+from streammerge.run.gates import ground_of
 from streammerge.run.gpu import choose_device
 from streammerge.run.journal import Done, Journal
 from streammerge.run.manifest import manifest
@@ -121,7 +122,7 @@ def plan_recipe(recipe: Recipe, options: Options, note: Callable[[str], None] = 
     models, checkpoints = open_models(recipe, note)
     made = build_plan(
         recipe, models, checkpoints, seed=options.seed, shard_bytes=options.shard_bytes, strict=options.strict,
-        sequential=options.rng == "mergekit",
+        sequential=options.rng == "mergekit", ground=ground_of(recipe, models, checkpoints),
     )  # fmt: skip
     told = [
         f"{model.reference} is an adapter, and its matrices are merged as they are; to merge the model that it makes, "

@@ -18,9 +18,11 @@ import xxhash
 
 from streammerge.kernels.contract import BLOCK
 from streammerge.plan.gather import Gathered
+from streammerge.plan.given import Drawn, Given
 from streammerge.plan.scaled import Scaled
 from streammerge.plan.tensor import TensorPlan
 from streammerge.run.arena import Area, Arena
+from streammerge.run.given import fill_given
 from streammerge.run.journal import Done, Record
 from streammerge.run.profile import Spent
 from streammerge.run.rows import read_rows
@@ -78,6 +80,9 @@ def read_elements(sources: Sequence[Source], tensor: TensorPlan, into: Sequence[
             continue
         if isinstance(read, Scaled):
             count += read_scaled(sources, read, area, start, elements, at, keep_cached=keep_cached)
+            continue
+        if isinstance(read, Given | Drawn):
+            fill_given(read, area, start, elements, at)
             continue
         spec = read.spec
         view = area.bytes[at * area.itemsize : (at + elements) * area.itemsize]

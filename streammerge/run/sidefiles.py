@@ -136,11 +136,17 @@ def model_card(plan: Plan) -> bytes:
     )
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n"
-        f"# A merge by {plan.method.name}\n\n"
+        f"# {_title(plan)}\n\n"
         f"Made with StreamMerge. What went in:\n\n| role | model | licence |\n|---|---|---|\n{rows}\n\n"
         f"The licences of all inputs apply.\n\n## Recipe\n\n{fence}yaml\n{plan.recipe.text.rstrip()}\n{fence}\n\n"
         f"Checksums and versions are in `streammerge.manifest.json`; `streammerge verify` checks them.\n"
     ).encode()
+
+
+def _title(plan: Plan) -> str:
+    if plan.ground is None:
+        return f"A merge by {plan.method.name}"
+    return f"A {plan.ground.architecture.title} model made of dense ones"
 
 
 def _cell(text: str) -> str:

@@ -91,6 +91,9 @@ def _plan(path: Path, options: StudyOptions, observer: StudyObserver) -> Plan:
     if recipe.is_analysed:
         advice = "its parameters are still to be found: run `streammerge analyze` on it, and give the recipe it writes"
         raise RecipeError(str(path), [advice])
+    if recipe.moe is not None:
+        advice = "a model with experts that is made of dense ones can be written, and then scored; not before"
+        raise RecipeError(str(path), [advice])
     for warning in recipe.warnings:
         observer.note(f"{path}: {warning}")
     return plan_recipe(recipe, merging, observer.note)
