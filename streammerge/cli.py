@@ -36,6 +36,7 @@ from streammerge.command import (
     make_options,
     open_terminal,
 )
+from streammerge.extract_verb import extract_lora
 from streammerge.moe_verb import moe
 from streammerge.ui import Steps, Terminal
 
@@ -406,6 +407,7 @@ def clean(
 for verb in cluster_verbs.VERBS:
     app.command()(verb)
 app.command()(moe)
+app.command("extract-lora")(extract_lora)
 
 
 @app.command()

@@ -43,6 +43,8 @@ FRONT = {
     "cluster_verbs",
     "command",
     "difference_report",
+    "extract_report",
+    "extract_verb",
     "methods_report",
     "moe_verb",
     "report",
@@ -53,7 +55,7 @@ FRONT = {
 # Libraries that belong to certain rooms or files.
 HOMES: dict[str, tuple[str, ...]] = {
     "rich": ("ui.py",),
-    "typer": ("cli.py", "cluster_verbs.py", "command.py", "moe_verb.py"),
+    "typer": ("cli.py", "cluster_verbs.py", "command.py", "extract_verb.py", "moe_verb.py"),
     "click": ("cli.py",),
     "distributed": ("cluster/dask.py",),
     "dask_jobqueue": ("cluster/dask.py",),

@@ -47,7 +47,7 @@ _DRAWS = 96 * MIB
 _KEPT_SHARE = 16
 _MOST_DIRTY, _LEAST_DIRTY = 256 * MIB, 16 * MIB
 # The interpreter and torch take some MB more or less each time they are started: a budget we name has room for that.
-_BASELINE_VARIES = 8 * MIB
+BASELINE_VARIES = 8 * MIB
 
 
 @dataclass(frozen=True)
@@ -120,15 +120,15 @@ def make_schedule(plan: Plan, *, limit_bytes: int, limited_by: str, allowed: boo
     work += 2 * factors + (threads * _WORK_OF_FOLDING if factors else 0)
     dirty = min(max(_LEAST_DIRTY, min(_MOST_DIRTY, limit_bytes // 8)), max(plan.bytes_to_write, 1))
     fixed = baseline_bytes + work + dirty
-    room = limit_bytes - _reserve(limit_bytes) - fixed
+    room = limit_bytes - reserve(limit_bytes) - fixed
     scratch = max(tile_bytes(tensor, SCRATCH_BLOCKS) for tensor in kinds)
     fewest = _FEWEST_SLOTS * max(tile_bytes(tensor, 1) for tensor in kinds) + scratch
 
     if room < fewest:
         least_dirty = min(_LEAST_DIRTY, dirty)
         need = baseline_bytes + work + least_dirty + fewest
-        if _smallest_limit(need) > limit_bytes:
-            works = _smallest_limit(need + _BASELINE_VARIES)
+        if smallest_limit(need) > limit_bytes:
+            works = smallest_limit(need + BASELINE_VARIES)
             raise DoesNotFit(
                 f"{format_size(limit_bytes)} of memory ({limited_by}) is too little for this merge: the interpreter "
                 f"and torch take {format_size(baseline_bytes)}, arithmetic on {threads} threads "
@@ -136,7 +136,7 @@ def make_schedule(plan: Plan, *, limit_bytes: int, limited_by: str, allowed: boo
                 f"reserve. The smallest budget that works is {-(-works // 1_000_000)}MB."
             )
         dirty = least_dirty
-        room = limit_bytes - _reserve(limit_bytes) - (baseline_bytes + work + dirty)
+        room = limit_bytes - reserve(limit_bytes) - (baseline_bytes + work + dirty)
 
     room -= scratch
     # What was kept of the tensor before may still be there.
@@ -212,10 +212,11 @@ def _is_made(tensor: TensorPlan) -> bool:
     return any(not isinstance(read, Read | Given) for read in tensor.reads)
 
 
-def _reserve(limit: int) -> int:
+def reserve(limit: int) -> int:
+    """What of a limit is left alone: for what nobody counted."""
     return max(limit // 20, 64 * MIB)
 
 
-def _smallest_limit(need: int) -> int:
+def smallest_limit(need: int) -> int:
     """The least limit that leaves `need` after its reserve."""
     return max(need + 64 * MIB, -(-need * 20 // 19) + 1)

@@ -68,7 +68,7 @@ def check_usable(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out}: is a file. Choose a directory for the result.")
     if out.is_dir() and not (out / WORK_FOLDER).is_dir() and finished_digest(out) is None:
-        _check_empty(out)
+        check_empty(out)
 
 
 @contextmanager
@@ -83,7 +83,7 @@ def claim(out: Path, plan: Plan, files: Sequence[str], *, restart: bool, joins: 
     work = out / WORK_FOLDER
     _check_free(out, work, plan)
     try:
-        _make_folders(work)
+        make_folders(work)
     except OSError as error:
         raise translate(out, error) from error
     with _locked(out, work):
@@ -112,11 +112,11 @@ def check_record(out: Path, plan: Plan) -> None:
     _compare(out, _read_json(record, "Give --restart to begin again, or choose another directory."), plan)
 
 
-def _make_folders(folder: Path) -> None:
+def make_folders(folder: Path) -> None:
     """Make a folder and those it is in, so that they are there after a power cut."""
     if folder.is_dir():
         return
-    _make_folders(folder.parent)
+    make_folders(folder.parent)
     folder.mkdir(exist_ok=True)
     sync_directory(folder.parent)
 
@@ -284,10 +284,11 @@ def _check_free(out: Path, work: Path, plan: Plan) -> None:
             f"{out}: holds the finished result of another merge (plan {digest[:12]}, this one is {plan.digest[:12]}). "
             f"Choose another directory, or remove it."
         )
-    _check_empty(out)
+    check_empty(out)
 
 
-def _check_empty(out: Path) -> None:
+def check_empty(out: Path) -> None:
+    """Raise OutputError when the directory OUT holds anything but what a complete merge has left to be removed."""
     content = sorted(path.name for path in out.iterdir() if path.name != _FINISHED_FOLDER)
     if content:
         shown = ", ".join(content[:3]) + (" and more" if len(content) > 3 else "")
