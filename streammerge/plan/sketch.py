@@ -113,8 +113,8 @@ def make_sketch_schedule(extraction: Extraction, wanted: Wanted, *, limit_bytes:
     raise DoesNotFit(
         f"{format_size(limit_bytes)} of memory ({limited_by}) is too little for rank {min(wanted.most, *wide.shape)}: "
         f"the interpreter and torch take {format_size(baseline_bytes)}, a sketch of {wide.name} {format_size(sketch)}, "
-        f"the smallest panels {format_size(need - baseline_bytes - sketch)}, besides a reserve. The smallest budget that "
-        f"works is {-(-smallest_limit(need) // 1_000_000)}MB."
+        f"the smallest panels {format_size(need - baseline_bytes - sketch)}, besides a reserve. The smallest budget "
+        f"that works is {-(-smallest_limit(need) // 1_000_000)}MB."
     )
 
 
