@@ -29,8 +29,10 @@ _SHOWN = 10
 # Modules that look a row up, by the last word of their names; PEFT has another kind of layer for them.
 _EMBEDDING = re.compile(
     r"(^|[._])(embed_tokens(_per_layer)?|embed_in|wte|wpe|tok_embeddings|(word|position|token_type)_embeddings|"
-    r"embed_positions|word_embedding|position_embedding|embeddings?)$|^([^.]+\.)?shared$"
+    r"word_embedding|position_embedding|embeddings?)$|^([^.]+\.)?shared$"
 )
+# Not all modules that look up take rows alone: OPT's and BART's add an offset of their own.
+_POSITIONS = re.compile(r"(^|\.)embed_positions\.weight$")
 # Models whose layers are Conv1D, which stores (in, out), and how those layers are called.
 _IN_OUT_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 _IN_OUT_LAYER = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)$")
@@ -229,6 +231,8 @@ def _why_left(pair: Pair) -> str | None:
         return f"of {len(pair.shape)} dimensions"
     if not pair.name.endswith(".weight"):
         return "no weight of a module"
+    if _POSITIONS.search(pair.name):
+        return "positions, for which PEFT has no layer"
     return None if pair.elements else "empty"
 
 

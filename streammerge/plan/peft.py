@@ -1,6 +1,10 @@
 """The names and settings of a LoRA adapter as PEFT reads them (0.21), and our own reader in adapter.py.
 
 A module's change is scale · B·A. Ours is spread over both factors, and so every alpha is its rank: the scale is 1.
+
+Experts are one parameter per layer in transformers 5, and PEFT puts the factors of them all together: so they must all
+be there and of one rank, which is the adapter's usual one, and so must those of their routers. What has fewer vectors
+is filled up with zeros.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _PREFIX = "base_model.model."
+_EXPERT = re.compile(r"(.+)\.experts\.\d+\.")
 
 
 def factor_names(module: str, *, embedding: bool) -> tuple[str, str]:
@@ -25,12 +30,27 @@ def whole_name(tensor: str, targets: set[str]) -> str:
     return f"{_PREFIX}{module}.base_layer.{last}" if module in targets else f"{_PREFIX}{tensor}"
 
 
-def configuration(*, base: str, ranks: Mapping[str, int], modules: Sequence[str], whole: Sequence[str],
-                  transposes: bool, task: str | None) -> dict[str, Any]:  # fmt: skip
-    """adapter_config.json. `ranks` has every module with factors; `modules` all there are; `whole` the tensors that go
-    along as they are. `transposes` says that there are layers that store (in, out)."""
+def alike(modules: Sequence[str], differing: set[str]) -> list[str]:
+    """Of `modules` those whose factors must be there and of one rank, as some of them differ: experts, and routers."""
+    experts = [module for module in modules if _EXPERT.match(module)]
+    homes = {match[1] for module in experts if (match := _EXPERT.match(module))}
+    routers = [module for module in modules if module.endswith(".gate") and module.removesuffix(".gate") in homes]
+    return [module for group in (experts, routers) if not differing.isdisjoint(group) for module in group]
+
+
+def usual_rank(ranks: Mapping[str, int], together: Sequence[str]) -> int:
+    """The rank that is not named for each module: that of modules that must be `alike`, or else the most frequent."""
+    if together:
+        return ranks[together[0]]
     counts = list(ranks.values())
-    usual = max(sorted(set(counts), reverse=True), key=counts.count)
+    return max(sorted(set(counts), reverse=True), key=counts.count)
+
+
+def configuration(*, base: str, ranks: Mapping[str, int], usual: int, modules: Sequence[str], whole: Sequence[str],
+                  transposes: bool, task: str | None) -> dict[str, Any]:  # fmt: skip
+    """adapter_config.json. `ranks` has every module with factors, as they are stored, and `usual` needs no naming;
+    `modules` are all there are; `whole` the tensors that go along as they are. `transposes` says that there are layers
+    that store (in, out)."""
     odd = {f"^{re.escape(module)}": rank for module, rank in ranks.items() if rank != usual}
     saved = saved_modules(whole)
     return {

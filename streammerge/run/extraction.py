@@ -6,7 +6,7 @@ open both → plan → schedule → for every matrix: sketch, factor, spill → 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -20,7 +20,7 @@ from streammerge.base.units import format_size
 from streammerge.plan.adapter import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from streammerge.plan.extraction import Extraction, Left, Target, Wanted, plan_extraction
 from streammerge.plan.gather import Read
-from streammerge.plan.peft import configuration, factor_names, whole_name
+from streammerge.plan.peft import alike, configuration, factor_names, usual_rank, whole_name
 from streammerge.plan.recipe import parse_recipe
 from streammerge.plan.reference import find_local
 from streammerge.plan.sketch import SKETCH_PASSES, SketchSchedule, make_sketch_schedule
@@ -42,6 +42,10 @@ from streammerge.storage.sink import free_bytes, write_file
 from streammerge.storage.source import Source
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+HEAD_NOTE = (
+    "the embedding is the head, too: a recipe's BASE+OUT and PEFT's merge_and_unload() change both, PEFT without "
+    "merging changes the embedding alone"
+)
 
 
 class Observer(Protocol):
@@ -87,6 +91,7 @@ def extract(model: str, base: str, out: Path, wanted: Wanted, *, max_memory: int
             observer.stage(f"extracting the difference between {model} and {base}")
             observer.progress(0, done.total)
             factored = [found for target in extraction.targets if (found := work.factor(target)) is not None]
+            ranks = work.ranks(extraction.targets, factored)
             left = [seen for each in extraction.left if (seen := work.look(each)) is not None]
             if not factored:
                 raise UserError(_nothing(model, base, left))
@@ -94,21 +99,23 @@ def extract(model: str, base: str, out: Path, wanted: Wanted, *, max_memory: int
             for source in sources:
                 source.check_unchanged()
             observer.stage("writing the adapter")
-            size = spill.lay_out(folder / WEIGHTS_NAME)
+            size = spill.lay_out(folder / WEIGHTS_NAME, work.filled(extraction.targets, ranks))
         extracted = Extracted(
             out, model, base, wanted, tuple(factored), tuple(left),
             len(extraction.targets) + len(extraction.left) - len(factored) - len(left), extraction.unseen, size,
             panels.read_bytes, usage().peak_resident, meter.peak_own, schedule.limit_bytes,
         )  # fmt: skip
-        targets = {target.pair.name: target for target in extraction.targets}
         config = configuration(
             base=base,
-            ranks={targets[each.name].module: each.rank for each in factored},
+            ranks=ranks,
+            usual=usual_rank(ranks, alike(list(ranks), set(ranks))),
             modules=extraction.modules,
             whole=[each.name for each in left if each.whole],
             transposes=extraction.transposes,
             task=_task(checkpoints[opened[1].checkpoint]),
         )
+        if extraction.tied and any(target.embedding and target.module in ranks for target in extraction.targets):
+            observer.note(HEAD_NOTE)
         facts = facts_of(extracted)
         write_file(folder / FACTS_NAME, (json.dumps(facts, indent=1, ensure_ascii=True) + "\n").encode())
         write_file(folder / CARD_NAME, adapter_card(extracted).encode("utf-8", "surrogatepass"))
@@ -232,6 +239,32 @@ class _Work:
             self._spill.add(name, self.wanted.dtype, tuple(values.shape), [_bytes(values.contiguous())])
         kept = min(1.0, made.kept / made.squares)
         return Factored(pair.name, pair.shape, rank, kept, (made.missed / made.squares) ** 0.5, made.squares)
+
+    def ranks(self, targets: Sequence[Target], factored: Sequence[Factored]) -> dict[str, int]:
+        """The rank of every module's factors as they are to be stored; those that must be there and are not are added."""
+        own = {each.name.removesuffix(".weight"): each.rank for each in factored}
+        together = alike([target.module for target in targets], set(own))
+        if not together:
+            return own
+        rank = self.wanted.most if self.wanted.energy is None else max(own.get(module, 0) for module in together)
+        for target in targets:
+            if target.module in together and target.module not in own:
+                names = factor_names(target.module, embedding=target.embedding)
+                for name, shape in zip(names, ((0, target.pair.columns), (target.pair.rows, 0)), strict=True):
+                    self._spill.add(name, self.wanted.dtype, shape, [])
+        return {**own, **dict.fromkeys(together, rank)}
+
+    def filled(self, targets: Sequence[Target], ranks: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+        """The shapes of factors, by their names in the file."""
+        shapes: dict[str, tuple[int, int]] = {}
+        for target in targets:
+            if (rank := ranks.get(target.module)) is not None:
+                inputs, outputs = target.pair.columns, target.pair.rows
+                if target.transposed:
+                    inputs, outputs = outputs, inputs
+                first, second = factor_names(target.module, embedding=target.embedding)
+                shapes |= {first: (rank, inputs), second: (outputs, rank)}
+        return shapes
 
     def look(self, left: Left) -> LeftOut | None:
         """What is left out of a tensor; None when it does not differ."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from streammerge.base.dtypes import DTYPES
 from streammerge.base.errors import InputError
 from streammerge.storage.header import make_header
 from streammerge.storage.local import drop_cached
@@ -46,18 +47,22 @@ class Spill:
             raise translate(self._path, error) from error
         self._places[name] = _Place(dtype, shape, begin, self._end - begin)
 
-    def lay_out(self, path: Path) -> int:
-        """Write a safetensors file of all tensors, as the library would; returns its size. Raises as `add` does."""
-        header, entries = make_header((name, place.dtype, place.shape) for name, place in self._places.items())
+    def lay_out(self, path: Path, filled: Mapping[str, tuple[int, int]]) -> int:
+        """Write a safetensors file of all tensors, as the library would; returns its size. Raises as `add` does.
+
+        `filled` has the shapes of matrices that are filled up with zeros, at the end of rows and columns.
+        """
+        header, entries = make_header(
+            (name, place.dtype, filled.get(name, place.shape)) for name, place in self._places.items()
+        )
         shard = Shard(path, header, entries[-1].stop)
         buffer = memoryview(bytearray(_PIECE))
         unsynced = 0
         for entry in entries:
-            place = self._places[entry.name]
-            for start in range(0, place.nbytes, _PIECE):
-                piece = buffer[: min(_PIECE, place.nbytes - start)]
-                self._read(piece, place.offset + start)
-                shard.write(entry.start + start, piece)
+            place, start = self._places[entry.name], entry.start
+            for piece in self._pieces(place, filled.get(entry.name, place.shape), buffer):
+                shard.write(start, piece)
+                start += len(piece)
                 unsynced += len(piece)
                 if unsynced >= _UNSYNCED:
                     shard.sync()
@@ -69,6 +74,23 @@ class Spill:
     def close(self) -> None:
         os.close(self._descriptor)
         self._path.unlink(missing_ok=True)
+
+    def _pieces(self, place: _Place, shape: tuple[int, ...], buffer: memoryview) -> Iterator[memoryview]:
+        """The bytes of a tensor, filled up to `shape`. Each piece is there until the next is asked for."""
+        if shape == place.shape:
+            for start in range(0, place.nbytes, _PIECE):
+                piece = buffer[: min(_PIECE, place.nbytes - start)]
+                self._read(piece, place.offset + start)
+                yield piece
+            return
+        size = DTYPES[place.dtype].itemsize
+        (rows, columns), wide = place.shape, shape[1] * size
+        row = memoryview(bytearray(wide))
+        for number in range(shape[0]):
+            row[:] = bytes(wide)
+            if number < rows:
+                self._read(row[: columns * size], place.offset + number * columns * size)
+            yield row
 
     def _append(self, piece: memoryview) -> None:
         done = 0
