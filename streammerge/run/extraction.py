@@ -241,7 +241,7 @@ class _Work:
         return Factored(pair.name, pair.shape, rank, kept, (made.missed / made.squares) ** 0.5, made.squares)
 
     def ranks(self, targets: Sequence[Target], factored: Sequence[Factored]) -> dict[str, int]:
-        """The rank of every module's factors as they are to be stored; those that must be there and are not are added."""
+        """The rank of every module's factors as they are stored; those that must be there and are not are added."""
         own = {each.name.removesuffix(".weight"): each.rank for each in factored}
         together = alike([target.module for target in targets], set(own))
         if not together:
