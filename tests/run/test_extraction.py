@@ -11,7 +11,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,52 +101,55 @@ def folded(folder: Path, base: Path, adapter: Path, **top: Any) -> dict[str, Ten
     return load_file(out / "model.safetensors")
 
 
-def steps_apart(one: Tensor, other: Tensor) -> Tensor:
-    """How many numbers of their dtype lie between two, plus one."""
-    bits = {2: torch.int16, 4: torch.int32}[one.element_size()]
-    found = []
-    for each in (one, other):
-        whole = each.view(bits).to(torch.int64)
-        found.append(torch.where(whole < 0, -(whole & torch.iinfo(bits).max), whole))
-    return (found[0] - found[1]).abs()
+def roundings(again: Tensor, model: Tensor, base: Tensor) -> float:
+    """The largest error of any element, in steps of the dtype at the size of what it was made of.
+
+    That is the largest of itself, of the base's and of what was added to that, which may cancel each other; where all
+    of them happen to be small, of a usual element: the roundings of others are in the singular vectors.
+    """
+    wide, before = model.double(), base.double()
+    size = torch.stack([wide.abs(), before.abs(), (wide - before).abs()]).amax(0)
+    step = torch.finfo(model.dtype).eps * size.clamp(min=float(wide.square().mean().sqrt()))
+    return float(((again.double() - wide).abs() / step).max())
 
 
 # --- a model that was made from a LoRA -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("alpha", [16, 1], ids=["large", "small"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_model_made_from_a_lora_is_given_back_within_one_rounding(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_model_made_from_a_lora_is_given_back_within_one_rounding(
+    tmp_path: Path, dtype: torch.dtype, alpha: float
+) -> None:
+    """A change of a quarter of the weights, or of a sixtieth: in bfloat16 that is some three roundings."""
     base = save_model(tmp_path / "base", make_tensors(0, dtype=dtype, shapes=SHAPES))
     matrices = {name: shape for name, shape in SHAPES.items() if len(shape) == 2 and "embed" not in name}
-    adapter = write_adapter(tmp_path / "lora", matrices, rank=8, seed=3)
+    adapter = write_adapter(tmp_path / "lora", matrices, rank=8, seed=3, lora_alpha=alpha)
     recipe = write_recipe(tmp_path / "r.yaml", "passthrough", [f"{base}+{adapter}"])
     streammerge.merge(recipe, tmp_path / "model", compile="off")
-    model = load_file(tmp_path / "model" / "model.safetensors")
 
     done = lora(tmp_path / "model", base, tmp_path / "out", Wanted(rank=8))
     assert {each.name for each in done.factored} == set(matrices)
+    before, model = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "model"))
     again = folded(tmp_path, base, tmp_path / "out")
     for name, tensor in model.items():
-        apart = steps_apart(again[name], tensor)
-        delta = (tensor.double() - load_file(base / "model.safetensors")[name].double()).norm()
         if name not in matrices:
-            assert int(apart.max()) == 0
+            assert torch.equal(again[name], tensor), name
             continue
-        # Numbers near zero have closer neighbours than the rounding of what they were made of.
-        near = (again[name].double() - tensor.double()).abs() <= 1e-7 * tensor.double().abs().max()
-        assert bool(((apart <= 1) | near).all()), name
-        assert float((apart == 0).float().mean()) > 0.5, name
-        missed = float((again[name].double() - tensor.double()).norm() / delta)
-        assert missed < {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.01}[dtype]
+        assert roundings(again[name], tensor, before[name]) < 1.01, name
+        assert float((again[name] == tensor).float().mean()) > 0.7, name
+    errors = {torch.float32: 3e-6, torch.float16: 3e-2, torch.bfloat16: 0.2}
+    assert all(each.error < errors[dtype] for each in done.factored)
 
 
 @pytest.mark.parametrize("case", ["plain", "float32", "patterns", "embeddings", "fan_in_fan_out", "some layers"])
 def test_what_peft_trained_and_we_folded_is_extracted_again(tmp_path: Path, case: str) -> None:
     adapted = ADAPTED[case](tmp_path)
-    model = fold(tmp_path, adapted)
+    model, base = fold(tmp_path, adapted), load_file(adapted.base / "model.safetensors")
     lora(tmp_path / "out", adapted.base, tmp_path / "lora", Wanted(rank=7))
     again = folded(tmp_path, adapted.base, tmp_path / "lora")
-    assert all(int(steps_apart(again[name], tensor).max()) <= 1 for name, tensor in model.items() if tensor.dim() == 2)
+    for name, tensor in model.items():
+        assert roundings(again[name], tensor, base[name]) < 2, name
 
 
 # --- PEFT ------------------------------------------------------------------------------------------------------------
@@ -633,13 +635,13 @@ def test_two_at_a_time_do_not_meddle(tmp_path: Path) -> None:
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 LARGE = {
-    "model.layers.0.mlp.up_proj.weight": (7000, 8000),
-    "model.layers.0.mlp.down_proj.weight": (2000, 30_001),
+    "model.layers.0.mlp.up_proj.weight": (5000, 8000),
+    "model.layers.0.mlp.down_proj.weight": (1000, 30_001),
     "model.norm.weight": (8000,),
 }
 
 
-@pytest.mark.parametrize("threads", ["1", "2"])
+@pytest.mark.parametrize("threads", ["2", pytest.param("1", marks=pytest.mark.nightly)])
 def test_it_works_in_a_cgroup_of_the_smallest_budget_that_a_refusal_names(
     groups: Groups,  # noqa: F811
     tmp_path: Path,
@@ -653,17 +655,17 @@ def test_it_works_in_a_cgroup_of_the_smallest_budget_that_a_refusal_names(
     assert named is not None, refused.err
     assert not (tmp_path / "small").exists()
     budget = int(named[1]) * 1_000_000
-    # Each model is 232 MB.
+    # The two models are 280 MB, and their differences in float32 as much.
     assert budget < 450_000_000
     squeezed = run(*arguments, "--max-memory", str(budget), "--json", before=joining(groups(budget)))
     assert squeezed.done["peak_own_bytes"] <= budget
-    assert squeezed.done["read_bytes"] > 4 * 460_000_000
+    assert squeezed.done["read_bytes"] == 4 * 2 * 2 * 70_001_000 + 2 * 2 * 8000
     lora(model, base, tmp_path / "large")
     assert _contents(tmp_path / "small") == _contents(tmp_path / "large")
 
 
 def test_a_rank_that_does_not_fit_is_refused_before_any_file(tmp_path: Path) -> None:
-    model, base = pair(tmp_path, shapes=LARGE)
+    model, base = pair(tmp_path, shapes={"a.weight": (1000, 9000)})
     with pytest.raises(DoesNotFit, match="too little for rank 900"):
         lora(model, base, tmp_path / "out", Wanted(rank=900), max_memory=600_000_000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "model"]
@@ -674,25 +676,17 @@ def test_a_rank_that_does_not_fit_is_refused_before_any_file(tmp_path: Path) -> 
 
 def test_the_command_says_what_it_made(tmp_path: Path) -> None:
     model, base = _with_vectors(tmp_path)
-    result = run("extract-lora", model, tmp_path / "a", "--base", base, "--rank", "4", cwd=tmp_path)
+    result = run("extract-lora", model, tmp_path / "a", "--base", base, "--rank", "4")
     assert result.code == 0, result.err
     assert "2 matrices, rank 4" in " ".join(result.out.split())
     assert "5 tensors that differ" in " ".join(result.out.split())
     events = run("extract-lora", model, tmp_path / "b", "--base", base, "--rank", "4", "--json").done
     assert events["tensors"]["model.layers.0.self_attn.q_proj.weight"]["rank"] == 4
     assert _contents(tmp_path / "a") == _contents(tmp_path / "b")
-    assert os.stat(tmp_path / "a" / "adapter_model.safetensors").st_mode & 0o777 == 0o644 & ~_umask()
+    assert (tmp_path / "a" / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o644 & ~_umask()
 
 
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def test_how_it_runs_is_in_none_of_the_files(tmp_path: Path) -> None:
-    model, base = pair(tmp_path)
-    done = lora(model, base, tmp_path / "out")
-    facts = json.loads((tmp_path / "out" / "streammerge.extraction.json").read_text())
-    assert not {"seconds", "threads", "peak_bytes"} & set(facts)
-    assert replace(done, out=tmp_path) != done
