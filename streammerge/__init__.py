@@ -11,14 +11,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from streammerge.api import analyze, evaluate, inspect, make_plan, merge, verify
+    from streammerge.api import analyze, evaluate, extract_lora, inspect, make_plan, merge, verify
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "analyze", "evaluate", "inspect", "make_plan", "merge", "verify"]
+__all__ = ["__version__", "analyze", "evaluate", "extract_lora", "inspect", "make_plan", "merge", "verify"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in {"analyze", "evaluate", "inspect", "make_plan", "merge", "verify"}:
+    if name in {"analyze", "evaluate", "extract_lora", "inspect", "make_plan", "merge", "verify"}:
         from streammerge import api
 
         return getattr(api, name)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from streammerge.base.units import parse_shard_size, parse_size
+from streammerge.plan.extraction import DTYPE_NAMES, Wanted
 from streammerge.plan.layout import DEFAULT_SHARD_BYTES
 from streammerge.plan.plan import Plan
 from streammerge.plan.recipe import load_recipe
@@ -23,6 +24,7 @@ from streammerge.run.merge import make_plan as _make_plan
 from streammerge.run.merge import merge as _merge
 
 if TYPE_CHECKING:
+    from streammerge.run.extracted import Extracted
     from streammerge.study.analysis import ProxyFindings
     from streammerge.study.evaluation import Evaluation
     from streammerge.study.findings import Findings
@@ -144,6 +146,38 @@ def evaluate(
     options = _study_options(max_memory, device, threads, compile, spill, seed, strict)
     work = None if scores is None else Path(scores)
     return run_evaluate([Path(recipe) for recipe in recipes], Path(tasks), split, options, _Silent(note), work=work)
+
+
+def extract_lora(
+    model: str,
+    out: PathLike,
+    *,
+    base: str,
+    rank: int | None = None,
+    energy: float | None = None,
+    max_rank: int | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    keep_whole: bool = False,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    seed: int = 0,
+    max_memory: str | int | None = None,
+    threads: int | None = None,
+    note: Callable[[str], None] | None = None,
+) -> Extracted:
+    """Write what `model` changed in `base` into the directory `out`, as a LoRA adapter that PEFT loads.
+
+    Models are named as in a recipe. The rank is 16 unless given, or else the fewest that hold the share `energy` of each
+    tensor's squared difference, `max_rank` (128) at most. Raises StreamMergeError.
+    """
+    from streammerge.run.extraction import extract
+
+    wanted = Wanted(
+        rank, energy, max_rank, tuple(include), tuple(exclude), keep_whole, DTYPE_NAMES[dtype], seed
+    )  # fmt: skip
+    return extract(
+        model, base, Path(out), wanted, max_memory=_size(max_memory), threads=threads, observer=_Silent(note)
+    )
 
 
 def make_plan(

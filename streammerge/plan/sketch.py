@@ -19,7 +19,7 @@ from streammerge.plan.budget import BASELINE_VARIES, MIB, reserve, smallest_limi
 from streammerge.plan.extraction import Extraction, Pair, Wanted
 
 # Passes over the difference that make the sketch; one more makes the factors. Of a matrix of 1536 x 1024 whose singular
-# values fall as 1/sqrt(i), 64 vectors hold 0.994 of what the best 64 do after two, and 0.9988 after three (2026-11-28).
+# values fall as 1/sqrt(i), 64 vectors hold 0.992 of what the best 64 do after two, and 0.998 after three (2026-11-28).
 SKETCH_PASSES = 3
 # More vectors than asked for, so that those asked for are found.
 _LEAST_OVERSAMPLING = 16
