@@ -167,8 +167,8 @@ def extract_lora(
 ) -> Extracted:
     """Write what `model` changed in `base` into the directory `out`, as a LoRA adapter that PEFT loads.
 
-    Models are named as in a recipe. The rank is 16 unless given, or else the fewest that hold the share `energy` of each
-    tensor's squared difference, `max_rank` (128) at most. Raises StreamMergeError.
+    Models are named as in a recipe. The rank is 16 unless given, or else the fewest that hold the share `energy` of
+    each tensor's squared difference, `max_rank` (128) at most. Raises StreamMergeError.
     """
     from streammerge.run.extraction import extract
 

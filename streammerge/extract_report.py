@@ -29,8 +29,8 @@ def extracted_rows(done: Extracted, seconds: float) -> list[tuple[str, str]]:
         reasons = ", ".join(dict.fromkeys(each.why for each in left))
         text = f"{len(left)} tensors that differ, {_share(squares / done.squares)} of the squared difference: "
         rows.append(("left out", f"{text}{_names([each.name for each in left])}; {reasons}"))
-    if done.wanted.energy is not None:
-        short = [each.name for each in done.factored if each.kept < done.wanted.energy]
+    if done.wanted.share is not None:
+        short = [each.name for each in done.factored if each.kept < done.wanted.share]
         if short:
             most = f"{done.wanted.energy:g} at rank {done.wanted.most}, the most allowed (--max-rank)"
             rows.append(("short", f"{len(short)} matrices hold less than {most}: {_names(short)}"))

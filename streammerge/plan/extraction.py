@@ -59,6 +59,11 @@ class Wanted:
     seed: int = 0
 
     @property
+    def share(self) -> float | None:
+        """The share of squares that is enough: of all of them a billionth may be missing, which is rounding."""
+        return None if self.energy is None else min(self.energy, 1 - 1e-9)
+
+    @property
     def most(self) -> int:
         """The largest rank there may be."""
         if self.energy is not None:

@@ -80,9 +80,9 @@ def _sketch(panels: Panels, pair: Pair, wanted: Wanted) -> tuple[Tensor, Tensor,
             basis = orthonormal(image)
         found = leading(basis, _image(panels, pair, basis)[0])
         rank = min(wanted.most, len(found.squares))
-        if wanted.energy is not None:
-            rank = rank_for(found.squares, total, wanted.energy, rank)
-            if rank > trusted or not _reaches(found, rank, wanted.energy * total):
+        if wanted.share is not None:
+            rank = rank_for(found.squares, total, wanted.share, rank)
+            if rank > trusted or not _reaches(found, rank, wanted.share * total):
                 continue
         break
     return found.vectors[:, :rank].clone(), found.squares[:rank].clone(), total

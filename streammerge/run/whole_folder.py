@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from streammerge.base.errors import OutputError
+from streammerge.base.errors import DoesNotFit, OutputError
 from streammerge.run.output import check_empty, make_folders
 from streammerge.storage.local import sync_directory, try_lock
 from streammerge.storage.sink import partial_path, translate
@@ -54,7 +54,14 @@ def whole_folder(out: Path) -> Iterator[Path]:
                 whole.mkdir()
             except OSError as error:
                 raise translate(whole, error) from error
-            yield whole
+            try:
+                yield whole
+            except DoesNotFit as error:
+                if isinstance(error.__cause__, OSError):
+                    raise DoesNotFit(
+                        f"{out}: {error.__cause__.strerror}. Nothing was written: free some space and run it again."
+                    ) from error
+                raise
             try:
                 # Over an empty directory, too, but never over one that was filled meanwhile.
                 whole.rename(target)
