@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from streammerge.base.units import format_seconds, format_size
+from streammerge.plan.extraction import BIAS, VECTOR
 from streammerge.run.adapter_card import facts_of
-from streammerge.run.extracted import Extracted
+from streammerge.run.extracted import Extracted, Factored
 
 _SHOWN = 3
-_MANY = 40
+_NUMBER = re.compile(r"\.\d+\.")
 
 
 def extracted_rows(done: Extracted, seconds: float) -> list[tuple[str, str]]:
     """What was done, and what is not in the adapter."""
-    ranks = sorted({each.rank for each in done.factored})
-    shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    shown = _span([str(rank) for rank in sorted({each.rank for each in done.factored})])
     left = [each for each in done.left if not each.whole]
     whole = [each for each in done.left if each.whole]
     rows = [
@@ -29,6 +30,8 @@ def extracted_rows(done: Extracted, seconds: float) -> list[tuple[str, str]]:
         reasons = ", ".join(dict.fromkeys(each.why for each in left))
         text = f"{len(left)} tensors that differ, {_share(squares / done.squares)} of the squared difference: "
         rows.append(("left out", f"{text}{_names([each.name for each in left])}; {reasons}"))
+        if not done.wanted.keep_whole and any(each.why in (BIAS, VECTOR) for each in left):
+            rows.append(("", "--keep-whole would put norms and biases into the adapter as they are"))
     if done.wanted.share is not None:
         short = [each.name for each in done.factored if each.kept < done.wanted.share]
         if short:
@@ -46,16 +49,32 @@ def extracted_rows(done: Extracted, seconds: float) -> list[tuple[str, str]]:
     return rows
 
 
-def tensor_table(done: Extracted, *, every: bool) -> list[list[str]]:
-    """Ranks and errors by tensor; of many only those with the largest errors, unless `every` one is asked for."""
-    shown = list(done.factored)
-    if len(shown) > _MANY and not every:
-        worst = sorted(shown, key=lambda each: -each.error)[:_MANY]
-        shown = [each for each in shown if each in worst]
+def tensor_table(done: Extracted) -> list[list[str]]:
+    """Rank, energy and error of every matrix."""
+    rows = [[each.name, str(each.rank), _share(each.kept), f"{each.error:.3g}"] for each in done.factored]
+    return [["tensor", "rank", "energy kept", "error"], *rows]
+
+
+def kind_table(done: Extracted) -> list[list[str]]:
+    """The same by kinds of layers: how many there are, their ranks, and the least that is kept of any."""
+    kinds: dict[str, list[Factored]] = {}
+    for each in done.factored:
+        kinds.setdefault(_NUMBER.sub(".*.", each.name), []).append(each)
     rows = [
-        [each.name, str(each.rank), _share(each.kept), f"{each.error:.3g}"] for each in shown
-    ]  # fmt: skip
-    return [["tensor", "rank", "energy kept", "|D-BA|/|D|"], *rows]
+        [
+            kind,
+            str(len(own)),
+            _span([str(rank) for rank in sorted({each.rank for each in own})]),
+            _share(min(each.kept for each in own)),
+            f"{max(each.error for each in own):.3g}",
+        ]
+        for kind, own in kinds.items()
+    ]
+    return [["kind", "", "rank", "least kept", "worst error"], *rows]
+
+
+def _span(ordered: list[str]) -> str:
+    return ordered[0] if ordered[0] == ordered[-1] else f"{ordered[0]} to {ordered[-1]}"
 
 
 def extracted_json(done: Extracted, seconds: float) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def extract_lora(
     seed: Annotated[int, typer.Option("--seed", help="Seed of the random sketch.")] = 0,
     max_memory: MaxMemory = None,
     threads: Threads = None,
-    tensors: Annotated[bool, typer.Option("--tensors", help="Show every tensor, however many.")] = False,
+    tensors: Annotated[bool, typer.Option("--tensors", help="Show each tensor, not kinds of them.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
     log: Annotated[Path | None, typer.Option(metavar="FILE", help="Append what happens to this file.")] = None,
@@ -68,7 +68,8 @@ def extract_lora(
                 model, base, out, wanted, max_memory=memory, threads=threads, observer=_Watcher(terminal, steps)
             )
         seconds = time.perf_counter() - _BEGAN
-        terminal.table("tensors", extract_report.tensor_table(done, every=tensors))
+        table = extract_report.tensor_table(done) if tensors else extract_report.kind_table(done)
+        terminal.table("tensors", table)
         terminal.rows("done", extract_report.extracted_rows(done, seconds))
         terminal.event("done", extract_report.extracted_json(done, seconds))
 

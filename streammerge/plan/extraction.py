@@ -37,6 +37,9 @@ _POSITIONS = re.compile(r"(^|\.)embed_positions\.weight$")
 _IN_OUT_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 _IN_OUT_LAYER = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)$")
 
+# Why tensors are left out that can go along whole.
+BIAS, VECTOR = "a bias", "a vector, no matrix"
+
 Operands = tuple[Read | Scaled, Read | Scaled]
 
 
@@ -231,7 +234,7 @@ def plan_extraction(model: Model, base: Model, checkpoints: Sequence[Checkpoint]
 def _why_left(pair: Pair) -> str | None:
     """Why a tensor of floats becomes no factors; None if it does."""
     if len(pair.shape) < 2:
-        return "a bias" if pair.name.endswith("bias") else "a vector, no matrix"
+        return BIAS if pair.name.endswith("bias") else VECTOR
     if len(pair.shape) > 2:
         return f"of {len(pair.shape)} dimensions"
     if not pair.name.endswith(".weight"):

@@ -35,6 +35,12 @@ def is_front(name: str) -> bool:
     return _FRONT.search(name) is not None
 
 
+def order_of(name: str) -> tuple[int, str, int]:
+    """Where a tensor stands in a model: before the layers, in them, after them. To sort by."""
+    layer = layer_of(name)
+    return (0 if is_front(name) else 2, name, 0) if layer is None else (1, *layer)
+
+
 def stacks(names: Iterable[str]) -> dict[str, int]:
     """Every stack of layers with their number."""
     found: dict[str, int] = {}

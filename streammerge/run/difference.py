@@ -16,7 +16,7 @@ from streammerge.kernels.contract import Look, Problem, Surveying
 from streammerge.kernels.difference import MOMENTS, Moments
 from streammerge.plan.gather import Read
 from streammerge.plan.group import Group
-from streammerge.plan.names import is_front, layer_of
+from streammerge.plan.names import layer_of, order_of
 from streammerge.plan.plan import Plan
 from streammerge.plan.recipe import parse_recipe
 from streammerge.plan.tensor import TensorPlan
@@ -81,7 +81,7 @@ class Difference:
 
     def in_order(self) -> dict[str, Distance]:
         """The tensors before the layers, those in them, and those after them."""
-        return dict(sorted(self.tensors.items(), key=lambda item: _order(item[0])))
+        return dict(sorted(self.tensors.items(), key=lambda item: order_of(item[0])))
 
     def by_layer(self) -> dict[str, Distance]:
         """The distances of layers, in order, and of each tensor before and after them."""
@@ -96,12 +96,6 @@ class Difference:
     def whole(self) -> Distance:
         """Of all compared tensors."""
         return together(list(self.tensors.values()))
-
-
-def _order(name: str) -> tuple[int, str, int]:
-    """Where a tensor stands in a model: before the layers, in them, after them."""
-    layer = layer_of(name)
-    return (0 if is_front(name) else 2, name, 0) if layer is None else (1, *layer)
 
 
 def together(distances: Sequence[Distance]) -> Distance:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import yaml
@@ -20,6 +20,7 @@ from streammerge.base.units import format_size
 from streammerge.plan.adapter import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from streammerge.plan.extraction import Extraction, Left, Target, Wanted, plan_extraction
 from streammerge.plan.gather import Read
+from streammerge.plan.names import order_of
 from streammerge.plan.peft import alike, configuration, factor_names, usual_rank, whole_name
 from streammerge.plan.recipe import parse_recipe
 from streammerge.plan.reference import find_local
@@ -101,7 +102,7 @@ def extract(model: str, base: str, out: Path, wanted: Wanted, *, max_memory: int
             observer.stage("writing the adapter")
             size = spill.lay_out(folder / WEIGHTS_NAME, work.filled(extraction.targets, ranks))
         extracted = Extracted(
-            out, model, base, wanted, tuple(factored), tuple(left),
+            out, model, base, wanted, _in_order(factored), _in_order(left),
             len(extraction.targets) + len(extraction.left) - len(factored) - len(left), extraction.unseen, size,
             panels.read_bytes, usage().peak_resident, meter.peak_own, schedule.limit_bytes,
         )  # fmt: skip
@@ -121,6 +122,14 @@ def extract(model: str, base: str, out: Path, wanted: Wanted, *, max_memory: int
         write_file(folder / CARD_NAME, adapter_card(extracted).encode("utf-8", "surrogatepass"))
         write_file(folder / ADAPTER_CONFIG_NAME, dump_map(config))
     return extracted
+
+
+_Named = TypeVar("_Named", Factored, LeftOut)
+
+
+def _in_order(found: Sequence[_Named]) -> tuple[_Named, ...]:
+    """As they stand in a model, and not in its shards."""
+    return tuple(sorted(found, key=lambda each: order_of(each.name)))
 
 
 def _open(model: str, base: str, observer: Observer) -> tuple[tuple[Model, Model], list[Checkpoint]]:
