@@ -74,7 +74,7 @@ def kind_table(done: Extracted) -> list[list[str]]:
 
 
 def _span(ordered: list[str]) -> str:
-    return ordered[0] if ordered[0] == ordered[-1] else f"{ordered[0]} to {ordered[-1]}"
+    return ordered[0] if ordered[0] == ordered[-1] else f"{ordered[0]}-{ordered[-1]}"
 
 
 def extracted_json(done: Extracted, seconds: float) -> dict[str, Any]:

@@ -38,6 +38,12 @@ def alike(modules: Sequence[str], differing: set[str]) -> list[str]:
     return [module for group in (experts, routers) if not differing.isdisjoint(group) for module in group]
 
 
+def taken_for_experts(modules: Sequence[str]) -> list[str]:
+    """Those of `modules` that PEFT takes for experts, by the last words of their names, and that are none."""
+    words = {module.rpartition(".")[2] for module in modules if _EXPERT.match(module)}
+    return [module for module in modules if not _EXPERT.match(module) and module.rpartition(".")[2] in words]
+
+
 def usual_rank(ranks: Mapping[str, int], together: Sequence[str]) -> int:
     """The rank that is not named for each module: that of modules that must be `alike`, or else the most frequent."""
     if together:

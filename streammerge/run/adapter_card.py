@@ -50,6 +50,7 @@ def facts_of(extracted: Extracted) -> dict[str, Any]:
         "whole": {each.name: _left_facts(each.shape, each.why, each.squares) for each in extracted.left if each.whole},
         "equal": extracted.equal,
         "not_looked_at": list(extracted.unseen),
+        "notes": list(extracted.notes),
     }
 
 
@@ -69,7 +70,7 @@ def adapter_card(extracted: Extracted) -> str:
         f"Made with StreamMerge: what {_cell(extracted.model)} changed in {_cell(extracted.base)}, by randomised SVD "
         f"([Halko, Martinsson, Tropp 2011]({_METHOD})), {_asked(extracted)}. The licences of both models apply.\n\n"
         f"Of the squared difference between the two, {_share(extracted.kept)} is in this adapter.\n\n"
-        f"{_table(extracted)}{_left(extracted)}"
+        f"{_notes(extracted)}{_table(extracted)}{_left(extracted)}"
         f"`energy kept` is the share of a tensor's squared difference that its singular vectors hold, `error` is "
         f"|D - BA| / |D| of the factors as they are stored. All numbers are in `{FACTS_NAME}`.\n"
     )
@@ -80,6 +81,10 @@ def _asked(extracted: Extracted) -> str:
     if wanted.energy is None:
         return f"rank {wanted.most}"
     return f"the smallest ranks that hold {_share(wanted.energy)} of each tensor's squares, {wanted.most} at most"
+
+
+def _notes(extracted: Extracted) -> str:
+    return "".join(f"Note: {_cell(note)}.\n\n" for note in extracted.notes)
 
 
 def _table(extracted: Extracted) -> str:

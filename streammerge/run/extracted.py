@@ -35,8 +35,10 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Extracted:
-    """What an extraction did. Bytes were measured; `peak_bytes` is the most the process held, file pages
-    included, `peak_own_bytes` without them."""
+    """What an extraction did; `notes` are what those should know who load the adapter.
+
+    Bytes were measured; `peak_bytes` is the most the process held, file pages included, `peak_own_bytes` without them.
+    """
 
     out: Path
     model: str
@@ -46,6 +48,7 @@ class Extracted:
     left: tuple[LeftOut, ...]
     equal: int
     unseen: tuple[str, ...]
+    notes: tuple[str, ...]
     adapter_bytes: int
     read_bytes: int
     peak_bytes: int

@@ -20,8 +20,8 @@ from streammerge.base.units import format_size
 from streammerge.plan.adapter import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from streammerge.plan.extraction import Extraction, Left, Target, Wanted, plan_extraction
 from streammerge.plan.gather import Read
-from streammerge.plan.names import order_of
-from streammerge.plan.peft import alike, configuration, factor_names, usual_rank, whole_name
+from streammerge.plan.names import embedding_of, listing, order_of
+from streammerge.plan.peft import alike, configuration, factor_names, taken_for_experts, usual_rank, whole_name
 from streammerge.plan.recipe import parse_recipe
 from streammerge.plan.reference import find_local
 from streammerge.plan.sketch import SKETCH_PASSES, SketchSchedule, make_sketch_schedule
@@ -43,10 +43,6 @@ from streammerge.storage.sink import free_bytes, write_file
 from streammerge.storage.source import Source
 
 WEIGHTS_NAME = "adapter_model.safetensors"
-HEAD_NOTE = (
-    "the embedding is the head, too: a recipe's BASE+OUT and PEFT's merge_and_unload() change both, PEFT without "
-    "merging changes the embedding alone"
-)
 
 
 class Observer(Protocol):
@@ -101,9 +97,12 @@ def extract(model: str, base: str, out: Path, wanted: Wanted, *, max_memory: int
                 source.check_unchanged()
             observer.stage("writing the adapter")
             size = spill.lay_out(folder / WEIGHTS_NAME, work.filled(extraction.targets, ranks))
+        notes = tuple(_notes(extraction, ranks))
+        for note in notes:
+            observer.note(note)
         extracted = Extracted(
             out, model, base, wanted, _in_order(factored), _in_order(left),
-            len(extraction.targets) + len(extraction.left) - len(factored) - len(left), extraction.unseen, size,
+            len(extraction.targets) + len(extraction.left) - len(factored) - len(left), extraction.unseen, notes, size,
             panels.read_bytes, usage().peak_resident, meter.peak_own, schedule.limit_bytes,
         )  # fmt: skip
         config = configuration(
@@ -115,8 +114,6 @@ def extract(model: str, base: str, out: Path, wanted: Wanted, *, max_memory: int
             transposes=extraction.transposes,
             task=_task(checkpoints[opened[1].checkpoint]),
         )
-        if extraction.tied and any(target.embedding and target.module in ranks for target in extraction.targets):
-            observer.note(HEAD_NOTE)
         facts = facts_of(extracted)
         write_file(folder / FACTS_NAME, (json.dumps(facts, indent=1, ensure_ascii=True) + "\n").encode())
         write_file(folder / CARD_NAME, adapter_card(extracted).encode("utf-8", "surrogatepass"))
@@ -190,6 +187,21 @@ def _nothing(model: str, base: str, left: Sequence[LeftOut]) -> str:
         f"{model} and {base} differ in no matrix, only in what a LoRA cannot hold ({len(left)} tensors, {names}). "
         "Nothing was written."
     )
+
+
+def _notes(extraction: Extraction, ranks: Mapping[str, int]) -> Iterator[str]:
+    """What those should know who load the adapter with PEFT (0.21)."""
+    embedding = embedding_of(target.pair.name for target in extraction.targets if target.module in ranks)
+    if extraction.tied and embedding is not None:
+        yield (
+            "the embedding is the head, too: a recipe's BASE+OUT and PEFT's merge_and_unload() change both, PEFT "
+            "without merging changes the embedding alone"
+        )
+    if confused := taken_for_experts(list(ranks)):
+        yield (
+            f"PEFT takes {len(confused)} matrices for experts that are none ({listing(confused)}), and leaves them as "
+            f"they are; a recipe's BASE+OUT changes them"
+        )
 
 
 def _with_whole(work: _Work, extraction: Extraction, left: Sequence[LeftOut], factored: set[str]) -> list[LeftOut]:

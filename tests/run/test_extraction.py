@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -222,8 +223,22 @@ def test_experts_that_did_not_change_have_factors_of_zeros(tmp_path: Path, archi
 def test_a_tied_embedding_is_told_of(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", "qwen2", dtype=torch.float32)
     observer = Unseen()
-    lora(_fine_tune(base, tmp_path / "model"), base, tmp_path / "lora", observer=observer)
-    assert any("the embedding is the head, too" in note for note in observer.notes)
+    done = lora(_fine_tune(base, tmp_path / "model"), base, tmp_path / "lora", observer=observer)
+    assert done.notes == tuple(observer.notes)
+    assert "the embedding is the head, too" in done.notes[0]
+    assert done.notes[0] in (tmp_path / "lora" / "README.md").read_text()
+    lora(tmp_path / "model", base, tmp_path / "without", Wanted(exclude=("embed",)), observer=(quiet := Unseen()))
+    assert quiet.notes == []
+
+
+def test_matrices_that_peft_takes_for_experts_are_told_of(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", "deepseek_v3", dtype=torch.float32)
+    done = lora(_fine_tune(base, tmp_path / "model"), base, tmp_path / "lora", Wanted(exclude=("embed", "lm_head")))
+    (note,) = done.notes
+    assert "model.layers.0.mlp.down_proj" in note
+    ours = folded(tmp_path, base, tmp_path / "lora")["model.layers.0.mlp.down_proj.weight"]
+    theirs = load_file(tmp_path / "model" / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
+    assert torch.allclose(ours, theirs, atol=1e-6)
 
 
 def test_a_head_of_its_own_where_the_base_has_none_is_left_out(tmp_path: Path) -> None:
@@ -618,6 +633,30 @@ def test_a_stop_leaves_nothing_and_says_so(tmp_path: Path) -> None:
     assert "Nothing was written" in said
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_full_disk_is_told_of_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, base = pair(tmp_path)
+
+    def full(*arguments: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("streammerge.run.spill.os.pwrite", full)
+        with pytest.raises(DoesNotFit, match="Nothing was written: free some space"):
+            lora(model, base, tmp_path / "out")
+    monkeypatch.setattr("streammerge.run.extraction.free_bytes", lambda folder: 1000)
+    with pytest.raises(DoesNotFit, match=r"needs .* of disk while it is made"):
+        lora(model, base, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "model"]
+
+
+def test_it_is_there_from_python(tmp_path: Path) -> None:
+    model, base = pair(tmp_path)
+    done = streammerge.extract_lora(str(model), tmp_path / "out", base=str(base), rank=3, max_memory="2GB")
+    assert {each.rank for each in done.factored} == {3}
+    with pytest.raises(UserError, match="--rank 0"):
+        streammerge.extract_lora(str(model), tmp_path / "b", base=str(base), rank=0)
 
 
 def test_two_at_a_time_do_not_meddle(tmp_path: Path) -> None:
