@@ -182,7 +182,6 @@ def plan_extraction(model: Model, base: Model, checkpoints: Sequence[Checkpoint]
 
     Raises UserError and ShapeMismatch, with everything that does not fit.
     """
-    wanted.check()
     for each in (model, base):
         if each.adapter is not None:
             raise UserError(

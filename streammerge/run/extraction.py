@@ -9,27 +9,25 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 import yaml
-from torch import Tensor
 
 from streammerge.base.errors import DoesNotFit, Stopped, UserError
 from streammerge.base.units import format_size
 from streammerge.plan.adapter import CONFIG_NAME as ADAPTER_CONFIG_NAME
-from streammerge.plan.extraction import Extraction, Left, Target, Wanted, plan_extraction
-from streammerge.plan.gather import Read
+from streammerge.plan.extraction import Extraction, Wanted, plan_extraction
 from streammerge.plan.names import embedding_of, listing, order_of
-from streammerge.plan.peft import alike, configuration, factor_names, taken_for_experts, usual_rank, whole_name
+from streammerge.plan.peft import alike, configuration, taken_for_experts, usual_rank
 from streammerge.plan.recipe import parse_recipe
 from streammerge.plan.reference import find_local
-from streammerge.plan.sketch import SKETCH_PASSES, SketchSchedule, make_sketch_schedule
+from streammerge.plan.sketch import SketchSchedule, make_sketch_schedule
 from streammerge.plan.view import Model
 from streammerge.run.adapter_card import CARD_NAME, FACTS_NAME, adapter_card, facts_of
+from streammerge.run.collecting import Collector, Observer, Progress
 from streammerge.run.configuration import CONFIG_NAME, architecture
 from streammerge.run.extracted import Extracted, Factored, LeftOut
-from streammerge.run.factoring import factor, norm
 from streammerge.run.memory import Meter, memory_limit, processors, refusals, usage
 from streammerge.run.merge import stop_signals
 from streammerge.run.models import open_models
@@ -43,19 +41,6 @@ from streammerge.storage.sink import free_bytes, write_file
 from streammerge.storage.source import Source
 
 WEIGHTS_NAME = "adapter_model.safetensors"
-
-
-class Observer(Protocol):
-    """Who is told what happens."""
-
-    def note(self, text: str) -> None:
-        """Something the user should know."""
-
-    def stage(self, text: str) -> None:
-        """A stage begins."""
-
-    def progress(self, done: float, total: float) -> None:
-        """So much of it is done."""
 
 
 @refusals()
@@ -79,24 +64,24 @@ def extract(model: str, base: str, out: Path, wanted: Wanted, *, max_memory: int
         folder = stack.enter_context(whole_folder(out))
         meter = stack.enter_context(Meter())
         sources = [stack.enter_context(_open_source(checkpoint)) for checkpoint in checkpoints]
-        done = _Progress(extraction, observer)
+        done = Progress(extraction, observer)
         panels = Panels(sources, schedule, stopping, done.advance)
         stack.callback(panels.close)
         spill = Spill(folder / "factors.partial")
         with _closing(spill):
-            work = _Work(panels, spill, wanted, done)
+            collector = Collector(panels, spill, wanted, done)
             observer.stage(f"extracting the difference between {model} and {base}")
             observer.progress(0, done.total)
-            factored = [found for target in extraction.targets if (found := work.factor(target)) is not None]
-            ranks = work.ranks(extraction.targets, factored)
-            left = [seen for each in extraction.left if (seen := work.look(each)) is not None]
+            factored = [found for target in extraction.targets if (found := collector.factor(target)) is not None]
+            ranks = collector.ranks(extraction.targets, factored)
+            left = [seen for each in extraction.left if (seen := collector.look(each)) is not None]
             if not factored:
                 raise UserError(_nothing(model, base, left))
-            left = _with_whole(work, extraction, left, {each.name for each in factored})
+            left = collector.with_whole(extraction, left, {each.name for each in factored})
             for source in sources:
                 source.check_unchanged()
             observer.stage("writing the adapter")
-            size = spill.lay_out(folder / WEIGHTS_NAME, work.filled(extraction.targets, ranks))
+            size = spill.lay_out(folder / WEIGHTS_NAME, collector.filled(extraction.targets, ranks))
         notes = tuple(_notes(extraction, ranks))
         for note in notes:
             observer.note(note)
@@ -204,108 +189,9 @@ def _notes(extraction: Extraction, ranks: Mapping[str, int]) -> Iterator[str]:
         )
 
 
-def _with_whole(work: _Work, extraction: Extraction, left: Sequence[LeftOut], factored: set[str]) -> list[LeftOut]:
-    """What is left out, with those tensors put into the adapter that are to go along whole."""
-    if not work.wanted.keep_whole:
-        return list(left)
-    differing = {each.name for each in left}
-    modules = {name.removesuffix(".weight") for name in factored}
-    found = {each.name: each for each in left}
-    for name in extraction.whole_beside(differing):
-        own = next(each for each in extraction.left if each.pair.name == name)
-        work.keep_whole(own, modules)
-        found[name] = LeftOut(name, own.pair.shape, own.why, found[name].squares if name in found else 0.0, whole=True)
-    return list(found.values())
-
-
 def _task(base: Checkpoint) -> str | None:
     """What PEFT calls the use of such a model."""
     return "CAUSAL_LM" if (architecture(base) or "").endswith("ForCausalLM") else None
-
-
-class _Progress:
-    """Tells an observer how many elements have been worked on: so many passes over every matrix, one over the rest."""
-
-    def __init__(self, extraction: Extraction, observer: Observer) -> None:
-        self.total = sum(target.pair.elements for target in extraction.targets) * (SKETCH_PASSES + 1)
-        self.total += sum(each.pair.elements for each in extraction.left)
-        self._observer, self._done, self._until = observer, 0, 0
-
-    def begin(self, elements: int) -> None:
-        """The next tensor, which is so much work, however often it is read in the end."""
-        self._done = self._until
-        self._until += elements
-
-    def advance(self, elements: int) -> None:
-        self._done = min(self._done + elements, self._until)
-        self._observer.progress(self._done, self.total)
-
-
-class _Work:
-    """What is done to one tensor after the other."""
-
-    def __init__(self, panels: Panels, spill: Spill, wanted: Wanted, done: _Progress) -> None:
-        self._panels, self._spill, self.wanted, self._done = panels, spill, wanted, done
-
-    def factor(self, target: Target) -> Factored | None:
-        """Make the factors of a matrix and keep them; None when it does not differ."""
-        pair = target.pair
-        self._done.begin(pair.elements * (SKETCH_PASSES + 1))
-        made = factor(self._panels, pair, self.wanted)
-        if made is None:
-            return None
-        rank = made.left.shape[1]
-        first, second = (made.left.t(), made.right.t()) if target.transposed else (made.right, made.left)
-        for name, values in zip(factor_names(target.module, embedding=target.embedding), (first, second), strict=True):
-            self._spill.add(name, self.wanted.dtype, tuple(values.shape), [_bytes(values.contiguous())])
-        kept = min(1.0, made.kept / made.squares)
-        return Factored(pair.name, pair.shape, rank, kept, (made.missed / made.squares) ** 0.5, made.squares)
-
-    def ranks(self, targets: Sequence[Target], factored: Sequence[Factored]) -> dict[str, int]:
-        """The rank of every module's factors as they are stored; those that must be there and are not are added."""
-        own = {each.name.removesuffix(".weight"): each.rank for each in factored}
-        together = alike([target.module for target in targets], set(own))
-        if not together:
-            return own
-        rank = self.wanted.most if self.wanted.energy is None else max(own.get(module, 0) for module in together)
-        for target in targets:
-            if target.module in together and target.module not in own:
-                names = factor_names(target.module, embedding=target.embedding)
-                for name, shape in zip(names, ((0, target.pair.columns), (target.pair.rows, 0)), strict=True):
-                    self._spill.add(name, self.wanted.dtype, shape, [])
-        return {**own, **dict.fromkeys(together, rank)}
-
-    def filled(self, targets: Sequence[Target], ranks: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-        """The shapes of factors, by their names in the file."""
-        shapes: dict[str, tuple[int, int]] = {}
-        for target in targets:
-            if (rank := ranks.get(target.module)) is not None:
-                inputs, outputs = target.pair.columns, target.pair.rows
-                if target.transposed:
-                    inputs, outputs = outputs, inputs
-                first, second = factor_names(target.module, embedding=target.embedding)
-                shapes |= {first: (rank, inputs), second: (outputs, rank)}
-        return shapes
-
-    def look(self, left: Left) -> LeftOut | None:
-        """What is left out of a tensor; None when it does not differ."""
-        pair = left.pair
-        self._done.begin(pair.elements)
-        squares = None if left.exact else norm(self._panels, pair)
-        if not squares and not (left.exact and self._panels.differ(pair)):
-            return None
-        return LeftOut(pair.name, pair.shape, left.why, squares, whole=False)
-
-    def keep_whole(self, left: Left, modules: set[str]) -> None:
-        """Put a tensor of the model into the adapter as it is."""
-        read = left.pair.model
-        assert isinstance(read, Read)
-        name = whole_name(left.pair.name, modules)
-        self._spill.add(name, read.dtype, left.pair.shape, self._panels.whole(read))
-
-
-def _bytes(values: Tensor) -> memoryview:
-    return memoryview(values.view(torch.uint8).numpy().data).cast("B")
 
 
 @contextmanager
