@@ -16,6 +16,7 @@ from streammerge.plan.names import embedding_of, head_of, in_layer, layer_of, li
 from streammerge.plan.parameters import resolve, unmatched_filters
 from streammerge.plan.places import Place, Places, shorten
 from streammerge.plan.recipe import Recipe, Stage
+from streammerge.plan.renamed import Reach, check_renamed, check_shapes, renamed
 from streammerge.plan.scaled import Scaled, Scaling, quantised_as, scaling_like, usual_scaling
 from streammerge.plan.view import Folded, Model, Operand, View, view_of, with_heads
 from streammerge.storage.checkpoint import Checkpoint
@@ -73,8 +74,8 @@ class Draft:
 
 def draft_stages(
     recipe: Recipe, models: Sequence[Model], checkpoints: Sequence[Checkpoint], *, sequential: bool = False
-) -> tuple[list[View], bool, list[str]]:
-    """What every stage makes, in their order; whether all models are tied; and warnings.
+) -> tuple[list[View], list[Reach], list[str]]:
+    """What every stage makes, in their order; how much of that renamed models take part in; and warnings.
 
     `models` are one per `recipe.inputs`.
 
@@ -84,19 +85,25 @@ def draft_stages(
     With `sequential`, random numbers are drawn as mergekit draws them.
     """
     check_readable(models, checkpoints)
-    made, tied = with_heads([view_of(model, checkpoints) for model in models], models)
-    views = {view.model: view for view in made}
+    views = {model.reference: view_of(model, checkpoints) for model in models}
     warnings = [
         f"{view.model}: {listing(view.left_out)} {'are' if len(view.left_out) > 1 else 'is'} of activations, which a "
         f"merged model would have to measure anew: left out"
-        for view in made
+        for view in views.values()
         if view.left_out
     ]
-    results = []
+    results, reaches = [], []
     for number, stage in enumerate(recipe.stages):
-        aligned = align(stage, views, recipe.path)
+        own, tied = _inputs_of(stage, views, recipe)
+        aligned = align(stage, own, recipe.path)
+        if (mismatch := check_shapes(stage, aligned.views)) is not None:
+            raise ShapeMismatch(mismatch)
         drafting = _Drafting(recipe, number, aligned.views, sequential=sequential)
-        result = replace(drafting.run(), vocabulary=aligned.vocabulary)
+        result = replace(drafting.run(), vocabulary=aligned.vocabulary, tied=tied)
+        reaches += [
+            Reach(model, names, sum(name in result.tensors for name in own[model].tensors), len(result.tensors))
+            for model, names in stage.names.items()
+        ]
         warnings += aligned.warnings
         head, embedding = head_of(result.tensors), embedding_of(result.tensors)
         if tied and head is not None and embedding is not None:
@@ -106,7 +113,27 @@ def draft_stages(
         warnings += drafting.warnings
         if stage.name is not None:
             views[stage.name] = replace(results[-1], model=stage.name)
-    return results, tied, warnings
+    return results, reaches, warnings
+
+
+def _inputs_of(stage: Stage, views: Mapping[str, View], recipe: Recipe) -> tuple[dict[str, View], bool]:
+    """The models of a stage under the names of its result, with heads; and whether all are tied. Raises RecipeError."""
+    problems: list[str] = []
+    named = [
+        renamed(views[model], stage.names[model], problems) if model in stage.names else views[model]
+        for model in stage.inputs
+    ]
+    made, tied = with_heads(named)
+    own = dict(zip(stage.inputs, made, strict=True))
+    problems = problems or check_renamed(stage, own)
+    if problems:
+        raise _error(recipe, stage, problems)
+    return own, tied
+
+
+def _error(recipe: Recipe, stage: Stage, problems: Sequence[str]) -> RecipeError:
+    where = "" if stage.name is None else f"stage {stage.name}: "
+    return RecipeError(str(recipe.path), [where + problem for problem in shorten(list(problems))])
 
 
 def check_readable(models: Sequence[Model], checkpoints: Sequence[Checkpoint]) -> None:
@@ -197,11 +224,10 @@ class _Drafting:
         taken = [scaling.scale_name for scaling in scaled if scaling.scale_name in tensors]
         if taken:
             raise self._error([f"{listing(taken)} would hold scales of the output, and an input has such a tensor"])
-        return View(stage.name or "", tensors, tuple(places.origins))
+        return View(stage.name or "", tensors, places.origins)
 
     def _error(self, problems: Sequence[str]) -> RecipeError:
-        where = "" if self._stage.name is None else f"stage {self._stage.name}: "
-        return RecipeError(str(self._recipe.path), [where + problem for problem in shorten(list(problems))])
+        return _error(self._recipe, self._stage, problems)
 
     def _operands(self, place: Place) -> tuple[Operand, ...]:
         pairs = zip(place.part.inputs, place.sources, strict=True)

@@ -132,8 +132,12 @@ def plan_recipe(recipe: Recipe, options: Options, note: Callable[[str], None] = 
         and not (checkpoints[model.checkpoint].path / CONFIG_NAME).exists()
     ]
     told += lost_tokens(made)
+    # A model under other names is meant to be of another architecture.
+    named = {model for stage in recipe.stages for model in stage.names}
     kinds = {
-        model.reference: kind for model in models if (kind := architecture(checkpoints[model.checkpoint])) is not None
+        model.reference: kind
+        for model in models
+        if model.reference not in named and (kind := architecture(checkpoints[model.checkpoint])) is not None
     }
     if len(set(kinds.values())) > 1:
         listed = ", ".join(f"{model} is {kind}" for model, kind in kinds.items())

@@ -117,7 +117,7 @@ class Family:
         self._group_of = {name: i for i, group in enumerate(self.groups) for name in group.names}
         self._checkpoints = [shelf.add(checkpoint) for checkpoint in plan.checkpoints]
         # The base first.
-        self._views, _ = with_heads([view_of(model, plan.checkpoints) for model in plan.models], plan.models)
+        self._views, _ = with_heads([view_of(model, plan.checkpoints) for model in plan.models])
         self._check_names(units)
         self._versions: dict[Any, Version] = {}
         self._scopes = groups_of(plan.tensors)
