@@ -6,8 +6,19 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from streammerge.plan.document import nearest
-from streammerge.plan.names import in_layer, is_buffer, is_front, layer_of, listing, modules_of, position, stacks
+from streammerge.plan.names import (
+    in_layer,
+    is_buffer,
+    is_front,
+    layer_of,
+    listing,
+    modules_of,
+    position,
+    sense_of,
+    stacks,
+)
 from streammerge.plan.recipe import Input, Module, Slice, Stage
+from streammerge.plan.renamed import suggested
 from streammerge.plan.view import MOST_LAYERS, View
 
 _SHOWN = 10
@@ -31,7 +42,7 @@ class Place:
 class Places:
     """The places of one stage, over the models it sees. What is wrong is collected in `problems`.
 
-    `origins` are the checkpoint's layers behind the layers of the output, by stack; `copied` are tensors that are not merged,
+    `origins` are the checkpoint's layers behind those of the output, by stack; `copied` are tensors that are not merged,
     with the model they come from.
 
     A tensor that some models lack is merged of those that have it, or copied where that cannot be; unless it is of a
@@ -55,6 +66,7 @@ class Places:
         self._find_owners()
         for module in stage.modules:
             self.all += self._places(module, self.problems)
+        self._check_senses()
         self.warnings += self._warnings_of_some()
 
     def _find_owners(self) -> None:
@@ -96,7 +108,7 @@ class Places:
         found = self._names_problems(part.inputs, sets, names)
         if found:
             advice = "every model must hold the same tensors: are these models of one architecture?"
-            problems += [*shorten(found, 1), advice]
+            problems += [*shorten(found, 1), advice + self._suggestion(part)]
             return []
         depth = stacks(names)
         places = []
@@ -112,6 +124,17 @@ class Places:
             layers = self._views[source.model].origins
             self.origins |= {stack: layers[stack] for stack in depth if stack in layers}
         return places
+
+    def _suggestion(self, part: Slice) -> str:
+        """How a model could be merged with the language part of another."""
+        for source in part.inputs:
+            for other in part.inputs:
+                names = suggested(self._views[source.model].tensors, self._views[other.model].tensors)
+                if names and all(names.values()) and source.model not in self._stage.names:
+                    ((mine, theirs),) = names.items()
+                    return (f" If {source.model} is to be merged into a part of {other.model}, list it under models "
+                            f'with  names: {{"{mine}": "{theirs}"}}')  # fmt: skip
+        return ""
 
     def _place(self, part: Slice, module: Module, name: str, having: Sequence[Input], at: float,
                deep: float) -> list[Place]:  # fmt: skip
@@ -142,6 +165,21 @@ class Places:
             + (f"merged of {', '.join(models)} only" if merged else f"copied from {models[0]}")
             for (models, merged), names in self._some.items()
         ]
+
+    def _check_senses(self) -> None:
+        """Layers that see or hear are of no use under the config of a model that knows of none."""
+        donor = self._stage.donor
+        known = {sense_of(stack) for stack in stacks(self._views[donor].tensors)}
+        strange: dict[str, str] = {}
+        for (models, _), names in self._some.items():
+            if donor not in models:
+                strange |= {stack: models[0] for stack in stacks(names) if sense_of(stack) not in known}
+        for stack, model in list(strange.items())[:1]:
+            self.problems.append(
+                f"{stack} is in {model}, and {donor}, whose config and tokenizer the output would have, has nothing of "
+                f"the kind: list {donor} under models with the names that {model} has for it, as in  "
+                f'names: {{"model.": "model."}};  then the output is as {model} is'
+            )
 
     def _sliced_places(self, module: Module, problems: list[str]) -> list[Place]:
         places: list[Place] = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from streammerge.plan.document import nearest
 from streammerge.plan.names import in_layer, is_buffer, layer_of, listing, sense_of, stacks
@@ -87,19 +88,26 @@ def check_shapes(stage: Stage, views: Mapping[str, View]) -> str | None:
 
 
 def suggested(names: Iterable[str], others: Iterable[str]) -> dict[str, str]:
-    """How names might become the language part's of others, by the layers of both; empty where nothing fits."""
-    mine = next((name for name in names if layer_of(name) is not None), None)
-    if mine is None:
-        return {}
+    """How names might become those of the language part of others: by one tensor of a layer, or else of none.
+
+    Empty where nothing fits.
+    """
+    mine = min(names, key=lambda name: layer_of(name) is None)
     best, found = 0, {}
     for other in others:
-        if layer_of(other) is None or sense_of(other) != "text":
+        if (layer_of(other) is None) != (layer_of(mine) is None) or sense_of(other) != "text":
             continue
-        ends = [part for part, like in zip(mine.split(".")[::-1], other.split(".")[::-1], strict=False) if part == like]
-        end = ".".join(ends[::-1])
-        if len(end) > best and mine.endswith(f".{end}") and other.endswith(end) and layer_of(f"x.{end}") is not None:
+        end = _common_end(mine, other)
+        # It must reach beyond the number of the layer, if there is one.
+        if len(end) > best and (end == mine or (layer_of(mine) is not None and layer_of(f"x.{end}") is not None)):
             best, found = len(end), {mine.removesuffix(end): other.removesuffix(end)}
     return found
+
+
+def _common_end(one: str, other: str) -> str:
+    """The longest end of two names, whole between dots."""
+    pairs = zip(reversed(one.split(".")), reversed(other.split(".")), strict=False)
+    return ".".join([part for part, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)][::-1])
 
 
 def in_first_layer(name: str) -> str:
@@ -154,6 +162,8 @@ class _Part:
 
     def _advice(self) -> str:
         found = suggested(self._strange, self._donor.tensors)
+        if "" in found:
+            found = {self._strange[0]: found[""] + self._strange[0]}
         return "".join(f" Should {mine!r} there be {theirs!r}?" for mine, theirs in found.items())
 
 
