@@ -42,8 +42,8 @@ class Place:
 class Places:
     """The places of one stage, over the models it sees. What is wrong is collected in `problems`.
 
-    `origins` are the checkpoint's layers behind those of the output, by stack; `copied` are tensors that are not merged,
-    with the model they come from.
+    `origins` are the checkpoint's layers behind those of the output, by stack; `copied` are tensors that are not
+    merged, with the model they come from.
 
     A tensor that some models lack is merged of those that have it, or copied where that cannot be; unless it is of a
     layer that they have: then they are of another architecture. What models lack that the recipe renames, it says so.

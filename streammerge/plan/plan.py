@@ -41,7 +41,7 @@ class Plan:
     `asked` are tensors of earlier stages that the output does not use, but surveys of their stage must see.
     `models` are one per `recipe.inputs`, and the first `checkpoints` theirs, each once, that one first whose config and
     tokenizer the output takes; after them come those of adapters. `settings` are the parameters of the last stage, by
-    tensor. `layers` says by stack which checkpoint's layer, if only for config.json, is behind each layer of the output;
+    tensor. `layers` says by stack which checkpoint's layer, if only for config.json, is behind each of the output's;
     `tied`, that all models use their embedding as head, and so does the output. `vocabulary` is the output's where the
     recipe says something of it, and `template` its chat template likewise. `ground` is what a model with experts stands
     on. `reaches` are of the models whose tensors the recipe calls otherwise.
