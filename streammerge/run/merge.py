@@ -132,16 +132,15 @@ def plan_recipe(recipe: Recipe, options: Options, note: Callable[[str], None] = 
         and not (checkpoints[model.checkpoint].path / CONFIG_NAME).exists()
     ]
     told += lost_tokens(made)
-    # A model under other names is meant to be of another architecture.
-    named = {model for stage in recipe.stages for model in stage.names}
-    kinds = {
-        model.reference: kind
-        for model in models
-        if model.reference not in named and (kind := architecture(checkpoints[model.checkpoint])) is not None
-    }
-    if len(set(kinds.values())) > 1:
-        listed = ", ".join(f"{model} is {kind}" for model, kind in kinds.items())
-        told.append(f"{listed}: merged because names and shapes agree")
+    kinds = {model.reference: architecture(checkpoints[model.checkpoint]) for model in models}
+    for stage in recipe.stages:
+        # A model under other names is meant to be of another architecture.
+        found = {name: kind for name in stage.inputs if name not in stage.names and (kind := kinds[name]) is not None}
+        if len(set(found.values())) > 1:
+            listed = ", ".join(f"{model} is {kind}" for model, kind in found.items())
+            told.append(f"{listed}: merged because names and shapes agree")
+        if stage.name is not None:
+            kinds[stage.name] = kinds[stage.donor]
     if options.strict and told:
         raise RecipeError(str(recipe.path), told)
     return replace(made, warnings=(*made.warnings, *told))

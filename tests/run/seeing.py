@@ -58,8 +58,10 @@ KINDS = {
     ),
     "mistral3": Kind(
         {"text_config": {"model_type": "mistral", **_TEXT}, "image_token_id": IMAGE, "image_token_index": IMAGE,
-         "vision_config": {"model_type": "pixtral", **_TOWER, "head_dim": 8, "image_size": 32}, "tie_word_embeddings": False},
-        "mistral", {"": "language_model."}, "vision_tower.", 2, {"pixel_values": (1, 3, 16, 32), "image_sizes": [[16, 32]]},
+         "vision_config": {"model_type": "pixtral", **_TOWER, "head_dim": 8, "image_size": 32},
+         "tie_word_embeddings": False},
+        "mistral", {"": "language_model."}, "vision_tower.", 2,
+        {"pixel_values": (1, 3, 16, 32), "image_sizes": [[16, 32]]},
     ),
     "gemma3": Kind(
         {"text_config": {**_TEXT, "sliding_window": 16}, "image_token_id": IMAGE, "image_token_index": IMAGE,
