@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -94,7 +95,7 @@ def draft_stages(
     ]
     results, reaches = [], []
     for number, stage in enumerate(recipe.stages):
-        own, tied = _inputs_of(stage, views, recipe)
+        own, tied = inputs_of(stage, views, recipe.path)
         aligned = align(stage, own, recipe.path)
         if (mismatch := check_shapes(stage, aligned.views)) is not None:
             raise ShapeMismatch(mismatch)
@@ -116,7 +117,7 @@ def draft_stages(
     return results, reaches, warnings
 
 
-def _inputs_of(stage: Stage, views: Mapping[str, View], recipe: Recipe) -> tuple[dict[str, View], bool]:
+def inputs_of(stage: Stage, views: Mapping[str, View], path: Path) -> tuple[dict[str, View], bool]:
     """The models of a stage under the names of its result, with heads; and whether all are tied. Raises RecipeError."""
     problems: list[str] = []
     named = [
@@ -127,13 +128,13 @@ def _inputs_of(stage: Stage, views: Mapping[str, View], recipe: Recipe) -> tuple
     own = dict(zip(stage.inputs, made, strict=True))
     problems = problems or check_renamed(stage, own)
     if problems:
-        raise _error(recipe, stage, problems)
+        raise _error(path, stage, problems)
     return own, tied
 
 
-def _error(recipe: Recipe, stage: Stage, problems: Sequence[str]) -> RecipeError:
+def _error(path: Path, stage: Stage, problems: Sequence[str]) -> RecipeError:
     where = "" if stage.name is None else f"stage {stage.name}: "
-    return RecipeError(str(recipe.path), [where + problem for problem in shorten(list(problems))])
+    return RecipeError(str(path), [where + problem for problem in shorten(list(problems))])
 
 
 def check_readable(models: Sequence[Model], checkpoints: Sequence[Checkpoint]) -> None:
@@ -227,7 +228,7 @@ class _Drafting:
         return View(stage.name or "", tensors, places.origins)
 
     def _error(self, problems: Sequence[str]) -> RecipeError:
-        return _error(self._recipe, self._stage, problems)
+        return _error(self._recipe.path, self._stage, problems)
 
     def _operands(self, place: Place) -> tuple[Operand, ...]:
         pairs = zip(place.part.inputs, place.sources, strict=True)

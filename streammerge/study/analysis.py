@@ -285,9 +285,6 @@ def _given(recipe: Recipe) -> Given:
         values[name] = tuple(number for number in numbers if number is not None) if numbers else None
     if not recipe.only.models:
         problems.append("list at least one model besides the base")
-    if recipe.last.names:
-        problems.append("names: a model whose tensors are called otherwise cannot be analysed; give weight, density "
-                        "and scale, without tasks or proxy")  # fmt: skip
     if problems:
         raise RecipeError(str(recipe.path), problems)
     return Given(values["density"], values["scale"], values["weight"])

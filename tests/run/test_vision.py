@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from streammerge.run.merge import Options, make_plan, schedule_for
 from tests.models import read_tensors
 from tests.run.seeing import KINDS, LAYERS, Kind, loaded, look, make_seeing, make_text, put, weights
 from tests.run.test_adapters import write_adapter
-from tests.study.tiny import make_tokenizer, write_lines
+from tests.study.tiny import make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 # One name per line of the language part, on disk as of old.
@@ -317,20 +316,6 @@ def test_a_document_has_one_model_without_names_and_one_map_for_each_other(
     recipe = {"merge_method": "linear", "modules": parts}
     with pytest.raises(RecipeError, match="has other names elsewhere in this document"):
         make_plan(write(tmp_path / "r.yaml", recipe), Options())
-
-
-def test_analyses_refuse_names_and_models_that_see(tmp_path: Path, llava: Path, llama: Path) -> None:
-    write_lines(tmp_path / "dev.jsonl", {"prompt": "a", "choices": [" b", " c"], "answer": 0})
-    (tmp_path / "tasks.yaml").write_text("- {name: t, dev: dev.jsonl}\n")
-    recipe = {"merge_method": "hi_merging", "base_model": str(llava), "proxy": "weights",
-              "models": [{"model": str(llama), "names": LLAVA}]}  # fmt: skip
-    with pytest.raises(UserError, match="names: a model whose tensors are called otherwise cannot be analysed"):
-        streammerge.analyze(write(tmp_path / "r.yaml", recipe), tmp_path / "new.yaml", compile="off", threads=1)
-    seeing = shutil.copytree(llava, tmp_path / "vlm")
-    make_tokenizer().save_pretrained(seeing)
-    plain = write(tmp_path / "l.yaml", linear(entry(seeing), entry(llama, names=LLAVA)))
-    with pytest.raises(UserError, match="causal language model"):
-        streammerge.evaluate([plain], tmp_path / "tasks.yaml", compile="off", threads=1)
 
 
 # --- models that see with each other ---------------------------------------------------------------------------------
