@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from streammerge.plan.names import embedding_of, head_of, in_layer, layer_of, li
 from streammerge.plan.parameters import resolve, unmatched_filters
 from streammerge.plan.places import Place, Places, shorten
 from streammerge.plan.recipe import Recipe, Stage
-from streammerge.plan.renamed import Reach, check_renamed, check_shapes, renamed
+from streammerge.plan.renamed import Reach, check_renamed, check_shapes, renamed, without_more
 from streammerge.plan.scaled import Scaled, Scaling, quantised_as, scaling_like, usual_scaling
 from streammerge.plan.view import Folded, Model, Operand, View, view_of, with_heads
 from streammerge.storage.checkpoint import Checkpoint
@@ -102,8 +103,7 @@ def draft_stages(
         drafting = _Drafting(recipe, number, aligned.views, sequential=sequential)
         result = replace(drafting.run(), vocabulary=aligned.vocabulary, tied=tied)
         reaches += [
-            Reach(model, names, sum(name in result.tensors for name in own[model].tensors), len(result.tensors))
-            for model, names in stage.names.items()
+            Reach(model, names, drafting.parts[model], len(result.tensors)) for model, names in stage.names.items()
         ]
         warnings += aligned.warnings
         head, embedding = head_of(result.tensors), embedding_of(result.tensors)
@@ -129,7 +129,7 @@ def inputs_of(stage: Stage, views: Mapping[str, View], path: Path) -> tuple[dict
     problems = problems or check_renamed(stage, own)
     if problems:
         raise _error(path, stage, problems)
-    return own, tied
+    return {model: without_more(stage, view, own) for model, view in own.items()}, tied
 
 
 def _error(path: Path, stage: Stage, problems: Sequence[str]) -> RecipeError:
@@ -181,6 +181,8 @@ class _Drafting:
         )
         self._drawing: dict[tuple[int, str], Settings] = {}
         self.warnings: list[str] = []
+        # By model, how many tensors it takes part in.
+        self.parts: Counter[str] = Counter()
 
     def run(self) -> View:
         stage = self._stage
@@ -206,6 +208,8 @@ class _Drafting:
             *unmatched_filters(stage, places.all),
             *_unlike_layers(places.all, operands),
         ]
+        self.parts.update(source.model for place in places.all for source in place.part.inputs)
+        self.parts.update(places.copied.values())
         prefix = "" if stage.name is None else f"{stage.name}/"
         tensors: dict[str, Operand] = {}
         for place in places.all:

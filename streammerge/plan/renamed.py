@@ -72,6 +72,16 @@ def check_renamed(stage: Stage, views: Mapping[str, View]) -> list[str]:
     return problems
 
 
+def without_more(stage: Stage, view: View, views: Mapping[str, View]) -> View:
+    """A renamed model without what nobody learned and the donor does not store either; any other as it is."""
+    if view.model not in stage.names or not any(is_buffer(name) for name in view.tensors):
+        return view
+    theirs = views[stage.donor].tensors
+    return replace(
+        view, tensors={name: own for name, own in view.tensors.items() if name in theirs or not is_buffer(name)}
+    )
+
+
 def check_shapes(stage: Stage, views: Mapping[str, View]) -> str | None:
     """What a user is told where tensors of renamed models are of other shapes than the donor's."""
     donor = views[stage.donor]

@@ -19,7 +19,7 @@ from streammerge.run.merge import Options, make_plan, schedule_for
 from tests.models import read_tensors
 from tests.run.seeing import KINDS, LAYERS, Kind, loaded, look, make_seeing, make_text, put, weights
 from tests.run.test_adapters import write_adapter
-from tests.study.tiny import make_tokenizer
+from tests.study.tiny import TOKENS, make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 # One name per line of the language part, on disk as of old.
@@ -209,6 +209,27 @@ def test_vocabularies_meet_through_the_names(tmp_path: Path) -> None:
         both = (0.5 * x[name][:298].double() + 0.5 * y[name].double()).float()
         assert torch.equal(made[name], torch.cat([both, x[name][298:]]))
     assert look(loaded(out), "llava").shape[-1] == 300
+
+
+def test_what_nobody_learned_does_not_come_along(tmp_path: Path, llava: Path) -> None:
+    text = make_text(tmp_path / "text", "llava", seed=1)
+    put(text, {**weights(text), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
+    out = merge(write(tmp_path / "r.yaml", linear(entry(llava), entry(text, names=LLAVA))), tmp_path / "out")
+    assert weights(out).keys() == weights(llava).keys()
+
+
+def test_a_union_of_tokens_makes_the_language_part_larger(tmp_path: Path) -> None:
+    seeing = make_seeing(tmp_path / "vlm", "llava", vocab_size=len(TOKENS))
+    text = make_text(tmp_path / "text", "llava", seed=1, vocab_size=len(TOKENS) + 2)
+    make_tokenizer().save_pretrained(seeing)
+    longer = make_tokenizer()
+    longer.add_tokens(["<one>", "<two>"])
+    longer.save_pretrained(text)
+    recipe = linear(entry(seeing), entry(text, names=LLAVA), tokenizer={"source": "union"})
+    out = merge(write(tmp_path / "r.yaml", recipe), tmp_path / "out")
+    assert config_of(out)["text_config"]["vocab_size"] == len(TOKENS) + 2
+    assert config_of(out)["image_token_index"] == config_of(seeing)["image_token_index"]
+    assert look(loaded(out), "llava").shape[-1] == len(TOKENS) + 2
 
 
 def test_the_plan_says_what_a_model_takes_part_in(tmp_path: Path, llava: Path, llama: Path) -> None:
