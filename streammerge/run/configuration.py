@@ -61,6 +61,13 @@ def architecture(checkpoint: Checkpoint) -> str | None:
     return str(found[0]) if isinstance(found, list) and found else None
 
 
+def language_type(checkpoint: Checkpoint) -> str | None:
+    """What kind of model the config.json beside a checkpoint says that it is, or its language part, if it says so."""
+    config = _config_of(checkpoint)
+    found = _at(config, ("text_config",)).get("model_type") or config.get("model_type")
+    return found if isinstance(found, str) else None
+
+
 def says_tied(checkpoint: Checkpoint) -> bool | None:
     """Whether the config.json beside a checkpoint says that its head is its embedding; None when it says nothing."""
     config = _config_of(checkpoint)

@@ -414,3 +414,10 @@ def test_a_layer_of_the_tower_and_one_of_the_language_part_are_cut_apart(tmp_pat
         names = [name for name in x if name.startswith(begin) and x[name].dim() > 1]
         total = sum(x[name].numel() for name in names)
         assert sum(int((out[name] != x[name]).sum()) for name in names) == pytest.approx(total / 2, abs=2)
+
+
+def test_a_text_model_of_another_kind_is_told_of(tmp_path: Path, llava: Path) -> None:
+    other = make_text(tmp_path / "other", "mistral3")
+    plan = make_plan(write(tmp_path / "r.yaml", linear(entry(llava), entry(other, names=LLAVA))), Options())
+    (said,) = plan.warnings
+    assert said.startswith(f"{other} is of the type mistral, and the language part of {llava} of llama: merged")
