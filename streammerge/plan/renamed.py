@@ -38,7 +38,9 @@ def renamed(view: View, names: Mapping[str, str], problems: list[str]) -> View:
     for begin in names:
         if not any(name.startswith(begin) for name in view.tensors):
             known = _beginnings(view.tensors)
-            near = nearest(begin, known) or f" They begin with {listing([b for b in known if b.count('.') == 1])}."
+            near = (
+                nearest(begin, known) or f" They begin with {listing([repr(b) for b in known if b.count('.') == 1])}."
+            )
             problems.append(f"{where}: none of its tensors begins with {begin!r}.{near}")
     longest = sorted(names, key=len, reverse=True)
     tensors: dict[str, Operand] = {}
@@ -76,10 +78,10 @@ def without_more(stage: Stage, view: View, views: Mapping[str, View]) -> View:
     """A renamed model without what nobody learned and the donor does not store either; any other as it is."""
     if view.model not in stage.names or not any(is_buffer(name) for name in view.tensors):
         return view
-    theirs = views[stage.donor].tensors
-    return replace(
-        view, tensors={name: own for name, own in view.tensors.items() if name in theirs or not is_buffer(name)}
-    )
+    key = in_first_layer if _is_sliced(stage, view.model) else str
+    theirs = {key(name) for name in views[stage.donor].tensors}
+    kept = {name: tensor for name, tensor in view.tensors.items() if key(name) in theirs or not is_buffer(name)}
+    return replace(view, tensors=kept)
 
 
 def check_shapes(stage: Stage, views: Mapping[str, View]) -> str | None:
@@ -102,7 +104,7 @@ def suggested(names: Iterable[str], others: Iterable[str]) -> dict[str, str]:
 
     Empty where nothing fits.
     """
-    mine = min(names, key=lambda name: layer_of(name) is None)
+    mine = min(names, key=lambda name: layer_of(name) is None, default="")
     best, found = 0, {}
     for other in others:
         if (layer_of(other) is None) != (layer_of(mine) is None) or sense_of(other) != "text":
@@ -153,10 +155,10 @@ class _Part:
     def problems(self) -> list[str]:
         view, donor = self._view.model, self._donor.model
         where = f"names of {view}"
-        if len(self._strange) == len([name for name in self._view.tensors if not is_buffer(name)]):
+        if self._strange and len(self._strange) == len([name for name in self._view.tensors if not is_buffer(name)]):
             return [f"{where}: {donor} has none of its tensors, not even {self._strange[0]}.{self._advice()}"]
         strange, lacking = self._strange, self._lacking
-        problems = []
+        problems: list[str] = []
         mine, theirs = stacks(self._view.tensors), stacks(self._donor.tensors)
         for stack in [stack for stack in mine if stack in theirs and mine[stack] != theirs[stack]]:
             beyond = [name for name in (*strange, *lacking) if _is_beyond(name, stack, min(mine[stack], theirs[stack]))]
