@@ -421,3 +421,20 @@ def test_a_text_model_of_another_kind_is_told_of(tmp_path: Path, llava: Path) ->
     plan = make_plan(write(tmp_path / "r.yaml", linear(entry(llava), entry(other, names=LLAVA))), Options())
     (said,) = plan.warnings
     assert said.startswith(f"{other} is of the type mistral, and the language part of {llava} of llama: merged")
+
+
+def test_each_part_by_a_method_of_its_own(tmp_path: Path, llava: Path, llama: Path) -> None:
+    other = make_seeing(tmp_path / "b", "llava", seed=1)
+    reading = {"name": "reading", "merge_method": "ties", "base_model": str(llava),
+               "models": [entry(other), entry(llama, names=LLAVA)], "parameters": {"density": 0.5}}  # fmt: skip
+    seeing = {"name": "seeing", "merge_method": "slerp", "base_model": str(llava), "models": [{"model": str(other)}],
+              "parameters": {"t": 0.3}}  # fmt: skip
+    parts = {"vision_tower": {"models": [{"model": "seeing"}]}, "default": {"models": [{"model": "reading"}]}}
+    both = {"merge_method": "passthrough", "modules": parts}
+    out = weights(merge(write(tmp_path / "r.yaml", reading, seeing, both), tmp_path / "out"))
+    made = {}
+    for recipe in (reading, seeing):
+        alone = {key: value for key, value in recipe.items() if key != "name"}
+        made[recipe["name"]] = weights(merge(write(tmp_path / "a.yaml", alone), tmp_path / str(recipe["name"])))
+    for name, tensor in out.items():
+        assert torch.equal(tensor, made["seeing" if name.startswith("vision_tower.") else "reading"][name])
