@@ -256,7 +256,9 @@ def verify(out: OutPath, as_json: Json = False) -> None:
         from streammerge import report
         from streammerge.run.check import verify as run_verify
 
-        verdict = run_verify(out)
+        with terminal.steps() as steps:
+            steps.stage("reading what was written")
+            verdict = run_verify(out, steps.progress)
         terminal.rows("verify", report.verdict_rows(verdict))
         terminal.event("verified", {"tensors": verdict.tensors, "bytes": verdict.nbytes, "problems": verdict.problems})
         if verdict.problems:

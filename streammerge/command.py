@@ -65,7 +65,7 @@ class Watcher:
 
         self._allowed = schedule.limit_bytes
         rows = report.plan_rows(plan, schedule, seconds, list(side_files(plan)))
-        shown = ("method", "models", "tensors", "passes", "peak memory", "time")
+        shown = ("method", "models", "tensors", "names", "passes", "peak memory", "time")
         self._terminal.rows("plan", [row for row in rows if row[0] in shown])
         if resumed:
             self._terminal.rows(

@@ -9,6 +9,7 @@ from streammerge.base.units import format_seconds, format_size
 from streammerge.kernels.contract import Settings
 from streammerge.plan.budget import Schedule, bytes_to_read
 from streammerge.plan.plan import Plan
+from streammerge.plan.renamed import Reach
 from streammerge.run.check import Verdict
 from streammerge.run.health import Health
 from streammerge.run.inspection import Inspection
@@ -37,6 +38,7 @@ def plan_rows(plan: Plan, schedule: Schedule, seconds: float, side_files: list[s
         ("method", f"{', then '.join([*stages, plan.method.name])}{base}"),
         ("models", ", ".join(model for model in recipe.inputs if model not in recipe.bases) or "none"),
         ("tensors", f"{len(plan.tensors):,} ({elements:,} elements){_of_them(copied, 'copied')}"),
+        *(("names", _reach(reach)) for reach in plan.reaches),
         ("passes", _passes(passes, read_twice)),
         ("read", format_size(bytes_to_read((*plan.tensors, *plan.asked), schedule))),
         ("write", f"{format_size(plan.bytes_to_write)} in {_count(len(plan.shards), 'file')}"),
@@ -58,6 +60,7 @@ def plan_json(plan: Plan, schedule: Schedule, seconds: float, side_files: list[s
         "bases": sorted(plan.recipe.bases),
         "models": [model for model in plan.recipe.inputs if model not in plan.recipe.bases],
         "seed": plan.seed,
+        "names": [asdict(reach) for reach in plan.reaches],
         "warnings": list(plan.warnings),
         "side_files": side_files,
         "schedule": {
@@ -86,6 +89,15 @@ def plan_json(plan: Plan, schedule: Schedule, seconds: float, side_files: list[s
             for tensor in plan.tensors
         ],
     }
+
+
+def _reach(reach: Reach) -> str:
+    """What a model with a map of names takes part in."""
+    renamed = ", ".join(f"{mine or 'all'} → {theirs}" for mine, theirs in reach.names.items())
+    return (
+        f"{reach.model} is in {reach.tensors:,} of {_count(reach.of, 'tensor')} ({renamed}), "
+        f"and has no part in the other {reach.of - reach.tensors:,}"
+    )
 
 
 def _parameters(settings: Settings | None) -> dict[str, Any]:

@@ -59,6 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if "STREAMMERGE_COMMAND" in os.environ:
+        raise BenchError("STREAMMERGE_COMMAND: the run outside is one of this checkout; unset it.")
     chosen = options.only.split(",") if options.only else list(METHODS)
     shape = replace(TINYLLAMA, layers=options.layers)
     spec = CheckpointSpec(models=("base", "a", "b"), tensors=shape.tensors, config=shape.config)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from streammerge.kernels.contract import BLOCK, Argument, Arguments, Look, Problem, Program, Tile
-from streammerge.kernels.select import counted, infinite_for_nan
+from streammerge.kernels.select import counted_at_least, infinite_for_nan
 
 # For one search of a column.
 PIVOTS = 8
@@ -89,7 +89,7 @@ def _count(tile: Tile, arguments: Arguments, sizes: Sizes) -> Tensor:
     counts = []
     for column, size in enumerate(sizes(tile, arguments)):
         flat = size if size.shape[-1] == BLOCK else size.reshape(1, -1)
-        counts.append(torch.stack([counted(flat >= pivots[column, i]) for i in range(pivots.shape[1])], -1))
+        counts.append(counted_at_least(flat, pivots[column]))
     return torch.stack(counts, 1)
 
 
@@ -111,7 +111,7 @@ class Quantity:
     columns: int | Literal["K"] = "K"
     arguments: tuple[Argument, ...] = ()
     needs_starts: bool = False
-    eager_ns: float = 16
+    eager_ns: float = 4
     searches: int = 1
 
     @property

@@ -6,6 +6,7 @@ times what integer operations on the same bits take.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +36,20 @@ def counted(mask: Tensor) -> Tensor:
         # Floats are added faster than integers there.
         return mask.to(torch.float32).sum(-1)
     return mask.sum(-1).to(torch.float32)
+
+
+def counted_at_least(sizes: Tensor, pivots: Tensor) -> Tensor:
+    """How many of each row of `sizes` are >= each of `pivots`: (rows, pivots) float32."""
+    if torch.compiler.is_compiling() or sizes.device.type != "cpu":
+        return torch.stack([counted(sizes >= pivot) for pivot in pivots], -1)
+    # torch takes 0.6 ns per element to compare and 0.2 to count, numpy 0.1 and 0.04.
+    rows, bounds = sizes.numpy(), pivots.numpy()
+    mask = np.empty(rows.shape[-1], dtype=bool)
+    counts = torch.empty(len(rows), len(bounds), dtype=torch.float32)
+    for row, found in zip(rows, counts.numpy(), strict=True):
+        for i, bound in enumerate(bounds):
+            found[i] = np.count_nonzero(np.greater_equal(row, bound, out=mask))
+    return counts
 
 
 def one_for_zero(values: Tensor) -> Tensor:

@@ -42,10 +42,12 @@ def deviation(tile: Tile, arguments: Arguments) -> list[Tensor]:
     assert tile.base is not None
     base = tile.base.to(torch.float64)
     deltas = [model.to(torch.float64) - base for model in tile.models]
+    if len(deltas) == 2:
+        # The same on paper, in a tenth of the time.
+        return [infinite_for_nan(((deltas[0] - deltas[1]).abs() * 0.5).to(tile.base.dtype))]
     mean = _sum(deltas) / len(deltas)
     variance = _sum([(delta - mean) * (delta - mean) for delta in deltas]) / len(deltas)
-    size = variance.sqrt().to(tile.base.dtype)
-    return [infinite_for_nan(size)]
+    return [infinite_for_nan(variance.sqrt().to(tile.base.dtype))]
 
 
 DEVIATION = Quantity(deviation, columns=1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -16,6 +18,7 @@ from streammerge.plan.names import embedding_of, head_of, in_layer, layer_of, li
 from streammerge.plan.parameters import resolve, unmatched_filters
 from streammerge.plan.places import Place, Places, shorten
 from streammerge.plan.recipe import Recipe, Stage
+from streammerge.plan.renamed import Reach, check_renamed, check_shapes, renamed, without_more
 from streammerge.plan.scaled import Scaled, Scaling, quantised_as, scaling_like, usual_scaling
 from streammerge.plan.view import Folded, Model, Operand, View, view_of, with_heads
 from streammerge.storage.checkpoint import Checkpoint
@@ -73,8 +76,8 @@ class Draft:
 
 def draft_stages(
     recipe: Recipe, models: Sequence[Model], checkpoints: Sequence[Checkpoint], *, sequential: bool = False
-) -> tuple[list[View], bool, list[str]]:
-    """What every stage makes, in their order; whether all models are tied; and warnings.
+) -> tuple[list[View], list[Reach], list[str]]:
+    """What every stage makes, in their order; how much of that renamed models take part in; and warnings.
 
     `models` are one per `recipe.inputs`.
 
@@ -84,19 +87,24 @@ def draft_stages(
     With `sequential`, random numbers are drawn as mergekit draws them.
     """
     check_readable(models, checkpoints)
-    made, tied = with_heads([view_of(model, checkpoints) for model in models], models)
-    views = {view.model: view for view in made}
+    views = {model.reference: view_of(model, checkpoints) for model in models}
     warnings = [
         f"{view.model}: {listing(view.left_out)} {'are' if len(view.left_out) > 1 else 'is'} of activations, which a "
         f"merged model would have to measure anew: left out"
-        for view in made
+        for view in views.values()
         if view.left_out
     ]
-    results = []
+    results, reaches = [], []
     for number, stage in enumerate(recipe.stages):
-        aligned = align(stage, views, recipe.path)
+        own, tied = inputs_of(stage, views, recipe.path)
+        aligned = align(stage, own, recipe.path)
+        if (mismatch := check_shapes(stage, aligned.views)) is not None:
+            raise ShapeMismatch(mismatch)
         drafting = _Drafting(recipe, number, aligned.views, sequential=sequential)
-        result = replace(drafting.run(), vocabulary=aligned.vocabulary)
+        result = replace(drafting.run(), vocabulary=aligned.vocabulary, tied=tied)
+        reaches += [
+            Reach(model, names, drafting.parts[model], len(result.tensors)) for model, names in stage.names.items()
+        ]
         warnings += aligned.warnings
         head, embedding = head_of(result.tensors), embedding_of(result.tensors)
         if tied and head is not None and embedding is not None:
@@ -106,7 +114,27 @@ def draft_stages(
         warnings += drafting.warnings
         if stage.name is not None:
             views[stage.name] = replace(results[-1], model=stage.name)
-    return results, tied, warnings
+    return results, reaches, warnings
+
+
+def inputs_of(stage: Stage, views: Mapping[str, View], path: Path) -> tuple[dict[str, View], bool]:
+    """The models of a stage under the names of its result, with heads; and whether all are tied. Raises RecipeError."""
+    problems: list[str] = []
+    named = [
+        renamed(views[model], stage.names[model], problems) if model in stage.names else views[model]
+        for model in stage.inputs
+    ]
+    made, tied = with_heads(named)
+    own = dict(zip(stage.inputs, made, strict=True))
+    problems = problems or check_renamed(stage, own)
+    if problems:
+        raise _error(path, stage, problems)
+    return {model: without_more(stage, view, own) for model, view in own.items()}, tied
+
+
+def _error(path: Path, stage: Stage, problems: Sequence[str]) -> RecipeError:
+    where = "" if stage.name is None else f"stage {stage.name}: "
+    return RecipeError(str(path), [where + problem for problem in shorten(list(problems))])
 
 
 def check_readable(models: Sequence[Model], checkpoints: Sequence[Checkpoint]) -> None:
@@ -153,6 +181,8 @@ class _Drafting:
         )
         self._drawing: dict[tuple[int, str], Settings] = {}
         self.warnings: list[str] = []
+        # By model, how many tensors it takes part in.
+        self.parts: Counter[str] = Counter()
 
     def run(self) -> View:
         stage = self._stage
@@ -178,6 +208,8 @@ class _Drafting:
             *unmatched_filters(stage, places.all),
             *_unlike_layers(places.all, operands),
         ]
+        self.parts.update(source.model for place in places.all for source in place.part.inputs)
+        self.parts.update(places.copied.values())
         prefix = "" if stage.name is None else f"{stage.name}/"
         tensors: dict[str, Operand] = {}
         for place in places.all:
@@ -197,11 +229,10 @@ class _Drafting:
         taken = [scaling.scale_name for scaling in scaled if scaling.scale_name in tensors]
         if taken:
             raise self._error([f"{listing(taken)} would hold scales of the output, and an input has such a tensor"])
-        return View(stage.name or "", tensors, tuple(places.origins))
+        return View(stage.name or "", tensors, places.origins)
 
     def _error(self, problems: Sequence[str]) -> RecipeError:
-        where = "" if self._stage.name is None else f"stage {self._stage.name}: "
-        return RecipeError(str(self._recipe.path), [where + problem for problem in shorten(list(problems))])
+        return _error(self._recipe.path, self._stage, problems)
 
     def _operands(self, place: Place) -> tuple[Operand, ...]:
         pairs = zip(place.part.inputs, place.sources, strict=True)

@@ -4,7 +4,7 @@ router and the MLPs of other models. The engine sees copies, some of them scaled
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -43,22 +43,22 @@ class Ground:
 
 
 def draft_experts(moe: Moe, where: str, models: Sequence[Model], checkpoints: Sequence[Checkpoint], ground: Ground,
-                  seed: int) -> tuple[View, bool, list[str]]:  # fmt: skip
-    """What the output is made of, whether its head is its embedding, and warnings. `where` names the recipe.
+                  seed: int) -> tuple[View, list[str]]:  # fmt: skip
+    """What the output is made of, and warnings. `where` names the recipe.
 
     `models` are one per input of the recipe, the base first. Raises RecipeError with everything that does not fit,
     and UserError for quantised weights that cannot be read.
     """
     check_readable(models, checkpoints)
     views = {model.reference: view_of(model, checkpoints) for model in models}
-    (base,), tied = with_heads([views[moe.base]], [models[0]])
+    (base,), _ = with_heads([views[moe.base]])
     work = _Drafting(moe, base, views, ground, seed)
     problems = work.problems()
     if problems:
         more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
         raise RecipeError(where, [*problems[:_SHOWN], *more])
     tensors = work.run()
-    return View("", tensors, base.origins, base.vocabulary), tied, work.warnings()
+    return replace(base, model="", tensors=tensors), work.warnings()
 
 
 class _Drafting:

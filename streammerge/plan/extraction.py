@@ -192,7 +192,7 @@ def plan_extraction(model: Model, base: Model, checkpoints: Sequence[Checkpoint]
             raise UserError(
                 f"{each.reference}: is quantised by {found[0]}. Differences of its codes mean nothing. {found[1]}."
             )
-    views, tied = with_heads([view_of(each, checkpoints) for each in (model, base)], [model, base])
+    views, tied = with_heads([view_of(each, checkpoints) for each in (model, base)])
     own_head = head_of(checkpoints[base.checkpoint].tensors)
     theirs, ours = ({name: each for name, each in view.tensors.items() if not is_buffer(name)} for view in views)
     if own_head is None and tied and (added := head_of(theirs)) is not None:

@@ -51,6 +51,15 @@ def stacks(names: Iterable[str]) -> dict[str, int]:
     return found
 
 
+# Words of stacks of layers that see or hear, and of the parts of a configuration that speak of them.
+_SENSES = {"vision": re.compile(r"visi|visual|image|patch"), "audio": re.compile(r"audio|speech")}
+
+
+def sense_of(name: str) -> str:
+    """What a tensor, a stack of layers or a part of a configuration is of, by its name: vision, audio, or text."""
+    return next((sense for sense, words in _SENSES.items() if words.search(name)), "text")
+
+
 def position(index: int, layers: int) -> float:
     """Where gradients are read for a layer: 0 at the first of its slice, 1 at the last, and 1 for a single one.
 

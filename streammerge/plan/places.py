@@ -6,8 +6,19 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from streammerge.plan.document import nearest
-from streammerge.plan.names import in_layer, is_buffer, is_front, layer_of, listing, modules_of, position, stacks
+from streammerge.plan.names import (
+    in_layer,
+    is_buffer,
+    is_front,
+    layer_of,
+    listing,
+    modules_of,
+    position,
+    sense_of,
+    stacks,
+)
 from streammerge.plan.recipe import Input, Module, Slice, Stage
+from streammerge.plan.renamed import suggested
 from streammerge.plan.view import MOST_LAYERS, View
 
 _SHOWN = 10
@@ -31,11 +42,11 @@ class Place:
 class Places:
     """The places of one stage, over the models it sees. What is wrong is collected in `problems`.
 
-    `origins` are the checkpoint's layers behind the layers of the output; `copied` are tensors that are not merged,
-    with the model they come from.
+    `origins` are the checkpoint's layers behind those of the output, by stack; `copied` are tensors that are not
+    merged, with the model they come from.
 
     A tensor that some models lack is merged of those that have it, or copied where that cannot be; unless it is of a
-    layer that they have: then they are of another architecture.
+    layer that they have: then they are of another architecture. What models lack that the recipe renames, it says so.
     """
 
     def __init__(self, stage: Stage, views: Mapping[str, View]) -> None:
@@ -43,7 +54,7 @@ class Places:
         self._layers: dict[tuple[str, str | None], dict[int, list[str]]] = {}
         self.problems: list[str] = []
         self.all: list[Place] = []
-        self.origins: list[tuple[int, int]] = []
+        self.origins: dict[str, tuple[tuple[int, int], ...]] = dict(views[stage.donor].origins)
         # Tensors that are not in every model, by the models they are taken from, and whether these are merged.
         self._some: dict[tuple[tuple[str, ...], bool], list[str]] = {}
         # By module and model, the tensors that belong to it; None for all.
@@ -54,10 +65,8 @@ class Places:
         self.warnings: list[str] = []
         self._find_owners()
         for module in stage.modules:
-            made, layers = self._places(module, self.problems)
-            self.all += made
-            if len(layers) > len(self.origins):
-                self.origins = layers
+            self.all += self._places(module, self.problems)
+        self._check_senses()
         self.warnings += self._warnings_of_some()
 
     def _find_owners(self) -> None:
@@ -86,23 +95,21 @@ class Places:
         wanted = self._wanted[module.name, model]
         return [name for name in self._views[model].tensors if wanted is None or name in wanted]
 
-    def _places(self, module: Module, problems: list[str]) -> tuple[list[Place], list[tuple[int, int]]]:
-        """The tensors of a module, and the origins of its layers."""
+    def _places(self, module: Module, problems: list[str]) -> list[Place]:
+        """The tensors of a module."""
         first = module.slices[0]
         if first.inputs[0].layers is None:
             return self._whole_places(module, first, problems)
         return self._sliced_places(module, problems)
 
-    def _whole_places(
-        self, module: Module, part: Slice, problems: list[str]
-    ) -> tuple[list[Place], list[tuple[int, int]]]:
+    def _whole_places(self, module: Module, part: Slice, problems: list[str]) -> list[Place]:
         sets = [dict.fromkeys(self._names(source.model, module)) for source in part.inputs]
         names = list(dict.fromkeys(name for each in sets for name in each))
         found = self._names_problems(part.inputs, sets, names)
         if found:
             advice = "every model must hold the same tensors: are these models of one architecture?"
-            problems += [*shorten(found, 1), advice]
-            return [], []
+            problems += [*shorten(found, 1), advice + self._suggestion(part)]
+            return []
         depth = stacks(names)
         places = []
         for name in names:
@@ -111,7 +118,23 @@ class Places:
             deep = at if layer is not None else float(not is_front(name))
             having = [source for source, each in zip(part.inputs, sets, strict=True) if name in each]
             places += self._place(part, module, name, having, at, deep)
-        return places, list(self._views[part.inputs[0].model].origins)
+        # The donor's, where it takes part: they are what its config speaks of.
+        ordered = sorted(part.inputs, key=lambda source: source.model != self._stage.donor)
+        for source in reversed(ordered):
+            layers = self._views[source.model].origins
+            self.origins |= {stack: layers[stack] for stack in depth if stack in layers}
+        return places
+
+    def _suggestion(self, part: Slice) -> str:
+        """How a model could be merged with the language part of another."""
+        for source in part.inputs:
+            for other in part.inputs:
+                names = suggested(self._views[source.model].tensors, self._views[other.model].tensors)
+                if names and all(names.values()) and source.model not in self._stage.names:
+                    ((mine, theirs),) = names.items()
+                    return (f" If {source.model} is to be merged into a part of {other.model}, list it under models "
+                            f'with  names: {{"{mine}": "{theirs}"}}')  # fmt: skip
+        return ""
 
     def _place(self, part: Slice, module: Module, name: str, having: Sequence[Input], at: float,
                deep: float) -> list[Place]:  # fmt: skip
@@ -123,9 +146,11 @@ class Places:
             enough = method.min_models <= len(some.models) <= (method.max_models or len(some.models))
             merged = enough and len(having) > 1 and (base is not None or part.base is None)
             source = having[0].model
-            self._some.setdefault((tuple(each.model for each in having) if merged else (source,), merged), []).append(
-                name
-            )
+            # Where it is said in the recipe that a model is of a part only, the plan says how much that is.
+            if any(each not in having and each.model not in self._stage.names for each in part.inputs):
+                self._some.setdefault(
+                    (tuple(each.model for each in having) if merged else (source,), merged), []
+                ).append(name)
             if not merged:
                 self.copied[name] = source
                 return []
@@ -141,7 +166,22 @@ class Places:
             for (models, merged), names in self._some.items()
         ]
 
-    def _sliced_places(self, module: Module, problems: list[str]) -> tuple[list[Place], list[tuple[int, int]]]:
+    def _check_senses(self) -> None:
+        """Layers that see or hear are of no use under the config of a model that knows of none."""
+        donor = self._stage.donor
+        known = {sense_of(stack) for stack in stacks(self._views[donor].tensors)}
+        strange: dict[str, str] = {}
+        for (models, _), names in self._some.items():
+            if donor not in models:
+                strange |= {stack: models[0] for stack in stacks(names) if sense_of(stack) not in known}
+        for stack, model in list(strange.items())[:1]:
+            self.problems.append(
+                f"{stack} is in {model}, and {donor}, whose config and tokenizer the output would have, has nothing of "
+                f"the kind: list {donor} under models with the names that {model} has for it, as in  "
+                f'names: {{"model.": "model."}};  then the output is as {model} is'
+            )
+
+    def _sliced_places(self, module: Module, problems: list[str]) -> list[Place]:
         places: list[Place] = []
         origins: list[tuple[int, int]] = []
         total = sum(stop - start for part in module.slices for start, stop in [_range(part.inputs[0])])
@@ -151,8 +191,9 @@ class Places:
             for source in part.inputs:
                 self._check_range(source, module, problems)
             if problems:
-                return [], []
+                return []
             start, stop = _range(part.inputs[0])
+            layers = self._views[part.inputs[0].model].origins[self._stack(part.inputs[0], module)]
             for index in range(stop - start):
                 names = [self._layer(source, _range(source)[0] + index, module) for source in part.inputs]
                 templates = [{in_layer(name, 0): name for name in found} for found in names]
@@ -164,7 +205,7 @@ class Places:
                             tuple(other[template] for other in templates), position(index, stop - start),
                             position(begin + index, total),
                         ))  # fmt: skip
-                origins.append(self._views[part.inputs[0].model].origins[start + index])
+                origins.append(layers[start + index])
         front = self._outer_places(first, module, front=True)
         back = self._outer_places(last, module, front=False)
         # What neither end has is not lost either.
@@ -175,7 +216,13 @@ class Places:
                     known.add(name)
                     self.copied[name] = source.model
                     self._some.setdefault(((source.model,), False), []).append(name)
-        return [*front, *places, *back], origins
+        self.origins[self._stack(first.inputs[0], module)] = tuple(origins)
+        return [*front, *places, *back]
+
+    def _stack(self, source: Input, module: Module) -> str:
+        """The only stack of a model in a module."""
+        (stack,) = stacks(self._names(source.model, module))
+        return stack
 
     def _outer_places(self, part: Slice, module: Module, *, front: bool) -> list[Place]:
         """The places of the tensors before the layers, or after them, of the inputs of one end."""

@@ -23,9 +23,10 @@ from streammerge.plan.group import with_one_work
 from streammerge.plan.layout import ShardLayout, lay_out
 from streammerge.plan.names import head_of
 from streammerge.plan.recipe import Recipe
+from streammerge.plan.renamed import Reach
 from streammerge.plan.template import AUTO, NAMES, marks_of, most_common, template_named
 from streammerge.plan.tensor import UNWRITTEN, TensorPlan, work_of
-from streammerge.plan.view import Model, Operand
+from streammerge.plan.view import Model, Operand, Origins
 from streammerge.plan.vocab import Vocabulary, listed
 from streammerge.storage.checkpoint import Checkpoint
 
@@ -40,9 +41,10 @@ class Plan:
     `asked` are tensors of earlier stages that the output does not use, but surveys of their stage must see.
     `models` are one per `recipe.inputs`, and the first `checkpoints` theirs, each once, that one first whose config and
     tokenizer the output takes; after them come those of adapters. `settings` are the parameters of the last stage, by
-    tensor. `layers` says which checkpoint's layer, if only for config.json, is behind each layer of the output; `tied`,
-    that all models use their embedding as head, and so does the output. `vocabulary` is the output's where the recipe
-    says something of it, and `template` its chat template likewise. `ground` is what a model with experts stands on.
+    tensor. `layers` says by stack which checkpoint's layer, if only for config.json, is behind each of the output's;
+    `tied`, that all models use their embedding as head, and so does the output. `vocabulary` is the output's where the
+    recipe says something of it, and `template` its chat template likewise. `ground` is what a model with experts stands
+    on. `reaches` are of the models whose tensors the recipe calls otherwise.
     """
 
     recipe: Recipe
@@ -51,7 +53,7 @@ class Plan:
     tensors: tuple[TensorPlan, ...]
     asked: tuple[TensorPlan, ...]
     settings: Mapping[str, Settings]
-    layers: tuple[tuple[int, int], ...]
+    layers: Origins
     tied: bool
     vocabulary: Vocabulary | None
     template: str | None
@@ -60,6 +62,7 @@ class Plan:
     facts: dict[str, Any]
     warnings: tuple[str, ...]
     ground: Ground | None = None
+    reaches: tuple[Reach, ...] = ()
 
     @property
     def method(self) -> Method:
@@ -100,12 +103,13 @@ def build_plan(recipe: Recipe, models: Sequence[Model], checkpoints: Sequence[Ch
     if sequential and not recipe.is_simple:
         advice = "--rng mergekit works for one document with `models:`, not for slices, modules or several documents"
         raise RecipeError(str(recipe.path), [advice])
+    reaches: list[Reach] = []
     if recipe.moe is not None:
         assert ground is not None
-        made, tied, warnings = draft_experts(recipe.moe, str(recipe.path), models, checkpoints, ground, seed)
+        made, warnings = draft_experts(recipe.moe, str(recipe.path), models, checkpoints, ground, seed)
         results = [made]
     else:
-        results, tied, warnings = draft_stages(recipe, models, checkpoints, sequential=sequential)
+        results, reaches, warnings = draft_stages(recipe, models, checkpoints, sequential=sequential)
     result = results[-1]
     vocabulary = result.vocabulary if any(stage.tokenizer is not None for stage in recipe.stages) else None
     template = _template(recipe, models)
@@ -160,8 +164,9 @@ def build_plan(recipe: Recipe, models: Sequence[Model], checkpoints: Sequence[Ch
     if recipe.moe is not None and ground is not None:
         # What only config.json says.
         facts["moe"] = [ground.architecture.name, recipe.moe.per_token]
-    return Plan(recipe, tuple(models), tuple(checkpoints), tuple(tensors), tuple(asked), settings, result.origins, tied,
-                vocabulary, template, shards, seed, facts, (*recipe.warnings, *warnings), ground)  # fmt: skip
+    return Plan(recipe, tuple(models), tuple(checkpoints), tuple(tensors), tuple(asked), settings, result.origins,
+                result.tied, vocabulary, template, shards, seed, facts, (*recipe.warnings, *warnings), ground,
+                tuple(reaches))  # fmt: skip
 
 
 def _with_copied_scales(drafts: Mapping[str, Operand]) -> dict[str, Operand]:

@@ -7,6 +7,7 @@ What mergekit ignores silently (a misspelt key, a parameter no method has) is a 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -51,6 +52,7 @@ def _settings(content: Any) -> Any:
 class _Source(Document):
     model: str
     layer_range: tuple[int, int] | None = None
+    names: dict[str, str] = Field(default_factory=dict)
     parameters: dict[str, Any] = Field(default_factory=dict)
 
     _parse = field_validator("parameters", mode="before")(_settings)
@@ -156,7 +158,9 @@ class Stage:
     """One document of a recipe: a merge, whose result others may use by its name.
 
     `dtype` and `out_dtype` are names of base/dtypes.py. `donor` is the model whose config it takes, and whose tokenizer
-    if there is none of its own. `base` is the base model as written, whatever the method makes of it.
+    if there is none of its own. `base` is the base model as written, whatever the method makes of it. `names` are the
+    models whose tensors are called otherwise than the output's: for each how its names begin, and what begins the
+    output's in place of that.
     """
 
     name: str | None
@@ -168,6 +172,7 @@ class Stage:
     parameters: Parameters
     base: str | None = None
     tokenizer: Tokenizer | None = None
+    names: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def inputs(self) -> list[str]:
@@ -400,6 +405,7 @@ class _Checks:
         if document.base_model is not None:
             self._reference(document.base_model, ("base_model",))
         self._tokenizer()
+        self._names()
         method = METHODS.get(document.merge_method)
         if method is None:
             self._problem(("merge_method",), f"{document.merge_method!r} is no method here.{self._nearest_method()}")
@@ -445,6 +451,17 @@ class _Checks:
         known = list(dict.fromkeys([*bases, *named]))
         for model in sorted(chosen.models - set(known)):
             self._problem((key,), f"{model} is no model of this recipe.{nearest(model, [*known, 'union', 'base'])}")
+
+    def _names(self) -> None:
+        """A model has one map of names, and one model has none: the output's names are its own."""
+        maps: dict[str, dict[str, str]] = {}
+        for source, place in _sources(self._document):
+            if source.names and maps.setdefault(source.model, source.names) != source.names:
+                self._problem((*place, "names"), f"{source.model} has other names elsewhere in this document")
+        base = self._document.base_model
+        if maps and all(source.model in maps for source, _ in _sources(self._document)) and base in (None, *maps):
+            self._problem((), "every model has `names`; the one whose names, config and tokenizer the output has goes "
+                              "without")  # fmt: skip
 
     def _nearest_method(self) -> str:
         return nearest(self._document.merge_method, list(METHODS)) or f" There are {', '.join(METHODS)}."
@@ -581,10 +598,12 @@ def _stage(document: _Recipe) -> Stage:
 
     modules = [Module(name, slices(module), module.parameters) for name, module in document.modules.items()]
     modules = modules or [Module(None, slices(document))]
-    donor = document.base_model or modules[0].slices[0].inputs[0].model
+    names = {source.model: source.names for source, _ in _sources(document) if source.names}
+    inputs = [source.model for module in modules for part in module.slices for source in part.inputs]
+    donor = next(model for model in (document.base_model or inputs[0], *inputs) if model not in names)
     return Stage(
         document.name, method, donor, tuple(modules), document.dtype, document.out_dtype, document.parameters,
-        document.base_model, _tokenizer(document),
+        document.base_model, _tokenizer(document), names,
     )  # fmt: skip
 
 

@@ -141,6 +141,10 @@ def recipe_schema() -> dict[str, Any]:
                         "type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2,
                         "description": "first layer, and one after the last",
                     },
+                    "names": {
+                        "type": "object", "additionalProperties": {"type": "string"},
+                        "description": "how its tensors' names begin, and what begins the output's in place of that",
+                    },
                     "parameters": {"type": "object"},
                 },
             },

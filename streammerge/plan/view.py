@@ -15,6 +15,8 @@ from streammerge.plan.vocab import Vocabulary
 from streammerge.storage.checkpoint import Checkpoint, TensorSpec
 
 MOST_LAYERS = 100_000
+# By stack, for each of its layers a checkpoint and the layer there.
+Origins = Mapping[str, tuple[tuple[int, int], ...]]
 _SHOWN = 5
 
 
@@ -66,24 +68,22 @@ class Model:
 
 @dataclass(frozen=True)
 class View:
-    """A model: its tensors by name, in order, and for each layer of its only stack the checkpoint's layer behind it.
+    """A model: its tensors by name, in order, and for each layer of its stacks the checkpoint's layer behind it.
 
-    `left_out` are tensors of its checkpoint that are no weights.
+    A `tied` one uses its embedding as head, whatever is stored. `left_out` are tensors of its checkpoint that are no
+    weights.
     """
 
     model: str
     tensors: Mapping[str, Operand]
-    origins: tuple[tuple[int, int], ...]
+    origins: Origins
     vocabulary: Vocabulary | None = None
+    tied: bool = False
     left_out: tuple[str, ...] = ()
-
-    @property
-    def layers(self) -> int:
-        return len(self.origins)
 
 
 def view_of(model: Model, checkpoints: Sequence[Checkpoint]) -> View:
-    """A model as a stage sees it. Layers are counted in its only stack, or else in the longest.
+    """A model as a stage sees it.
 
     Raises UserError when its adapter does not fit, or 8-bit weights and their scales.
     """
@@ -100,9 +100,6 @@ def view_of(model: Model, checkpoints: Sequence[Checkpoint]) -> View:
             for name, spec in own.items()
             if name not in found.hidden
         }
-    depth = max(stacks(own).values(), default=0)
-    # A name may hold any number: then nothing is known of layers.
-    depth = depth if depth <= MOST_LAYERS else 0
     tensors: dict[str, Operand] = {
         name: Folded(found.scaled[name], None, stored) if name in found.scaled else Read(number, spec)
         for name, spec in own.items()
@@ -114,8 +111,14 @@ def view_of(model: Model, checkpoints: Sequence[Checkpoint]) -> View:
             before = found.scaled.get(name) or Read(number, own[name])
             read = Read(second, saved[name]) if name in saved else before
             tensors[name] = Folded(read, changes.get(name), own[name].dtype)
-    origins = tuple((number, layer) for layer in range(depth))
-    return View(model.reference, tensors, origins, model.vocabulary, tuple(found.left_out))
+    # A name may hold any number: then nothing is known of layers.
+    origins = {
+        stack: tuple((number, layer) for layer in range(depth))
+        for stack, depth in stacks(own).items()
+        if depth <= MOST_LAYERS
+    }
+    tied = _is_tied(tensors, model)
+    return View(model.reference, tensors, origins, model.vocabulary, tied, tuple(found.left_out))
 
 
 def _dtype_beside(tensors: Mapping[str, TensorSpec]) -> str:
@@ -124,27 +127,27 @@ def _dtype_beside(tensors: Mapping[str, TensorSpec]) -> str:
     return max(dict.fromkeys(found), key=found.count, default="BF16")
 
 
-def with_heads(views: Sequence[View], models: Sequence[Model]) -> tuple[list[View], bool]:
+def with_heads(views: Sequence[View]) -> tuple[list[View], bool]:
     """The same models, and if one of them has a head all have: that of a tied one is its embedding, whatever is stored.
 
     Also whether all are tied, so that the result is.
     """
     heads = {head for view in views if (head := head_of(view.tensors)) is not None}
-    ties = [_is_tied(view, model) for view, model in zip(views, models, strict=True)]
+    tied = all(view.tied for view in views)
     if len(heads) != 1:
-        return list(views), not heads and all(ties)
+        return list(views), not heads and tied
     (head,) = heads
     made = []
-    for view, tied in zip(views, ties, strict=True):
-        embedding = embedding_of(view.tensors) if tied else None
+    for view in views:
+        embedding = embedding_of(view.tensors) if view.tied else None
         own = view.tensors if embedding is None else {**view.tensors, head: view.tensors[embedding]}
         made.append(replace(view, tensors=own))
-    return made, all(ties)
+    return made, tied
 
 
-def _is_tied(view: View, model: Model) -> bool:
-    head = head_of(view.tensors)
+def _is_tied(tensors: Mapping[str, Operand], model: Model) -> bool:
+    head = head_of(tensors)
     # A head that an adapter changed is one of its own, whatever the base's config says.
-    if head is not None and isinstance(view.tensors[head], Folded):
+    if head is not None and isinstance(tensors[head], Folded):
         return False
     return model.tied if model.tied is not None else head is None

@@ -12,11 +12,14 @@ from typing import Any
 import xxhash
 
 from streammerge.base.errors import InputError, VerificationFailed
+from streammerge.base.units import format_size
 from streammerge.run.manifest import read_manifest
 from streammerge.run.output import MANIFEST_NAME
 from streammerge.storage.checkpoint import INDEX_NAME, Checkpoint, open_file
 from streammerge.storage.local import is_file
 from streammerge.storage.source import hash_range
+
+Progress = Callable[[float, float], None]
 
 _BUFFER = 8 << 20
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -32,10 +35,13 @@ class Verdict:
     problems: tuple[str, ...]
 
 
-def verify(out: Path) -> Verdict:
-    """Check the output in `out`, reading from the disk. Raises InputError when it has no usable manifest."""
+def verify(out: Path, progress: Progress | None = None) -> Verdict:
+    """Check the output in `out`, reading from the disk. Raises InputError when it has no usable manifest.
+
+    `progress` is told the bytes of shards that were read, and all there are.
+    """
     content = read_manifest(out)
-    tensors, nbytes, problems = _check_shards(out, content, list(content["shards"]))
+    tensors, nbytes, problems = _check_shards(out, content, list(content["shards"]), progress)
     for name, checksum in content["files"].items():
         path = out / name
         if not is_file(path):
@@ -60,35 +66,38 @@ def verify_inputs(checkpoints: Sequence[Checkpoint], note: Callable[[str], None]
     """
     problems: list[str] = []
     for checkpoint in checkpoints:
-        note(f"{checkpoint.path}: comparing its weights with the checksums there are")
-        names = [file.name for file in checkpoint.files]
-        if (checkpoint.directory / MANIFEST_NAME).is_file():
-            content = read_manifest(checkpoint.directory)
-            unknown = [name for name in names if name not in content["shards"]]
-            known = [name for name in names if name in content["shards"]]
-            problems += _check_shards(checkpoint.directory, content, known)[2]
-        else:
-            unknown = []
-            for file in checkpoint.files:
-                path = checkpoint.directory / file.name
-                checksum = _blob_checksum(path)
-                if checksum is None:
-                    unknown.append(file.name)
-                elif _hexdigest(hashlib.sha256(), path, 0, file.size) != checksum:
-                    problems.append(f"{path}: is not what was downloaded: its SHA-256 differs. Download it again.")
+        sizes = {file.name: file.size for file in checkpoint.files}
+        written = (checkpoint.directory / MANIFEST_NAME).is_file()
+        content = read_manifest(checkpoint.directory) if written else {"shards": {}}
+        downloaded = {} if written else _blob_checksums(checkpoint)
+        known = [name for name in sizes if name in content["shards"] or name in downloaded]
+        unknown = [name for name in sizes if name not in known]
+        if known:
+            size = format_size(sum(sizes[name] for name in known))
+            note(f"{checkpoint.path}: comparing {size} of weights with the checksums there are")
         if unknown:
-            listed = "" if len(unknown) == len(names) else f": {', '.join(unknown[:5])}"
+            listed = f": {', '.join(unknown[:5])}" if known else ""
             note(f"{checkpoint.path}: has no checksums to verify it by{listed}")
+        if written:
+            problems += _check_shards(checkpoint.directory, content, known)[2]
+        for name, checksum in downloaded.items():
+            path = checkpoint.directory / name
+            if _hexdigest(hashlib.sha256(), path, 0, sizes[name]) != checksum:
+                problems.append(f"{path}: is not what was downloaded: its SHA-256 differs. Download it again.")
     if problems:
         raise VerificationFailed("\n".join(problems))
 
 
-def _check_shards(out: Path, content: Mapping[str, Any], names: Sequence[str]) -> tuple[int, int, list[str]]:
+def _check_shards(out: Path, content: Mapping[str, Any], names: Sequence[str], progress: Progress | None = None
+                  ) -> tuple[int, int, list[str]]:  # fmt: skip
     """Compare these shards of an output with its manifest: tensors, bytes, and what is wrong."""
     problems: list[str] = []
     every = len(names) == len(content["shards"])
     expected = dict(content["tensors"])
-    tensors = nbytes = 0
+    tensors = nbytes = read = 0
+    total = sum((out / name).stat().st_size for name in names if is_file(out / name))
+    if progress is not None:
+        progress(0, total)
     for name in names:
         path = out / name
         try:
@@ -107,15 +116,19 @@ def _check_shards(out: Path, content: Mapping[str, Any], names: Sequence[str]) -
                     problems.append(f"{path}: tensor {entry.name} differs from what was written.")
             except InputError as error:
                 problems.append(f"{error} (tensor {entry.name})")
+            read += entry.nbytes
+            if progress is not None:
+                progress(read, total)
     if every:
         problems += [f"{out}: tensor {name} is missing." for name in expected]
     return tensors, nbytes, problems
 
 
-def _blob_checksum(path: Path) -> str | None:
-    """The SHA-256 that the Hub's download cache has a large file under: its blob's name. None for any other file."""
-    name = path.resolve().name if path.is_symlink() else ""
-    return name if _SHA256.fullmatch(name) else None
+def _blob_checksums(checkpoint: Checkpoint) -> dict[str, str]:
+    """The SHA-256 of the files that lie in the Hub's download cache: the names of their blobs there."""
+    paths = {file.name: checkpoint.directory / file.name for file in checkpoint.files}
+    blobs = {name: path.resolve().name for name, path in paths.items() if path.is_symlink()}
+    return {name: blob for name, blob in blobs.items() if _SHA256.fullmatch(blob)}
 
 
 def _hexdigest(hashing: Any, path: Path, offset: int, length: int) -> str:

@@ -11,10 +11,10 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from streammerge.base.dtypes import DTYPES, RECIPE_DTYPES
-from streammerge.plan.names import head_of, stacks, vocabulary_of
+from streammerge.plan.names import head_of, sense_of, stacks, vocabulary_of
 from streammerge.plan.plan import Plan
 from streammerge.plan.view import Model
 from streammerge.run.moe_config import make_moe_config
@@ -59,6 +59,13 @@ def architecture(checkpoint: Checkpoint) -> str | None:
     """What the config.json beside a checkpoint says it is, if there is one that says so."""
     found = _config_of(checkpoint).get("architectures")
     return str(found[0]) if isinstance(found, list) and found else None
+
+
+def language_type(checkpoint: Checkpoint) -> str | None:
+    """What kind of model the config.json beside a checkpoint says that it is, or its language part, if it says so."""
+    config = _config_of(checkpoint)
+    found = _at(config, ("text_config",)).get("model_type") or config.get("model_type")
+    return found if isinstance(found, str) else None
 
 
 def says_tied(checkpoint: Checkpoint) -> bool | None:
@@ -118,20 +125,23 @@ def _set_experts(plan: Plan, config: dict[str, Any]) -> bool:
 
 def _set_layers(plan: Plan, config: dict[str, Any]) -> bool:
     """Where layers were put together anew: their number, and every list that has an entry for each layer."""
-    donor = max(stacks(plan.checkpoints[0].tensors).values(), default=0)
-    if len(plan.layers) in (0, donor) and all(layer == (0, i) for i, layer in enumerate(plan.layers)):
-        return False
-    sources = [config]
-    for checkpoint in plan.checkpoints[1:]:
-        other = checkpoint.directory / CONFIG_NAME
-        sources.append(read_map(other) if other.is_file() else config)
+    before = stacks(plan.checkpoints[0].tensors)
+    sources: list[dict[str, Any]] = []
     changed = False
     for path in _maps(config):
-        owners = [_at(source, path) for source in sources]
-        own = owners[0]
+        # A part of the configuration speaks of the longest stack of its kind.
+        sense = sense_of(".".join(path))
+        donor = max(_of_sense(sense, before).values(), default=0)
+        layers = max(_of_sense(sense, plan.layers).values(), key=len, default=())
+        if len(layers) in (0, donor) and all(layer == (0, i) for i, layer in enumerate(layers)):
+            continue
+        sources = sources or _configs(plan, config)
+        # What a text model says at the top, one that sees says in a part.
+        own = _at(config, path)
+        owners = [own, *(_at(each, path) or (each if sense == "text" else {}) for each in sources[1:])]
         counts = [key for key in _LAYER_COUNTS if own.get(key) == donor]
         for key in counts:
-            own[key] = len(plan.layers)
+            own[key] = len(layers)
             changed = True
         if not counts:
             continue
@@ -143,10 +153,25 @@ def _set_layers(plan: Plan, config: dict[str, Any]) -> bool:
             if len(value) == donor and _is_by_layer(key, donor):
                 lists = [found or value for found in lists]
                 # It may be shorter than that source has layers.
-                own[key] = [lists[number][min(layer, len(lists[number]) - 1)] for number, layer in plan.layers]
+                own[key] = [lists[number][min(layer, len(lists[number]) - 1)] for number, layer in layers]
             elif _NUMBERS_OF_LAYERS.search(key) and all(type(item) is int and 0 <= item < donor for item in value):
-                own[key] = [i for i, (number, layer) in enumerate(plan.layers) if layer in lists[number]]
+                own[key] = [i for i, (number, layer) in enumerate(layers) if layer in lists[number]]
     return changed
+
+
+_Any = TypeVar("_Any")
+
+
+def _of_sense(sense: str, by_stack: Mapping[str, _Any]) -> dict[str, _Any]:
+    """What belongs to stacks of one sense; a model of one sense is all that its configuration is about."""
+    found = {stack: value for stack, value in by_stack.items() if sense_of(stack) == sense}
+    return found or (dict(by_stack) if sense == "text" else {})
+
+
+def _configs(plan: Plan, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The configurations beside all checkpoints, the donor's first; of one without any, the donor's."""
+    others = [checkpoint.directory / CONFIG_NAME for checkpoint in plan.checkpoints[1:]]
+    return [config, *(read_map(other) if other.is_file() else config for other in others)]
 
 
 def _set_vocabulary(plan: Plan, config: dict[str, Any]) -> bool:

@@ -120,7 +120,7 @@ def compare(first: str, second: str, base: str | None, *, max_memory: int | None
     merged = [tensor for tensor in plan.tensors if tensor.steps and len(tensor.steps[-1].operands) == len(models)]
     whole = {tensor.name for tensor in merged}
     rest = [tensor.name for tensor in plan.tensors if tensor.name not in whole]
-    views, _ = with_heads([view_of(model, plan.checkpoints) for model in plan.models], plan.models)
+    views, _ = with_heads([view_of(model, plan.checkpoints) for model in plan.models])
     integers = {
         name: [view.tensors[name] for view in views[:2]]
         for name in rest

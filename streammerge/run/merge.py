@@ -25,7 +25,7 @@ from streammerge.plan.recipe import Recipe, load_recipe
 from streammerge.plan.tensor import TensorPlan
 from streammerge.run.check import verify, verify_inputs
 from streammerge.run.compiling import Compile, consider
-from streammerge.run.configuration import CONFIG_NAME, architecture, lost_tokens
+from streammerge.run.configuration import CONFIG_NAME, architecture, language_type, lost_tokens
 from streammerge.run.estimate import estimate_seconds
 from streammerge.run.gates import ground_of
 from streammerge.run.gpu import choose_device
@@ -132,12 +132,22 @@ def plan_recipe(recipe: Recipe, options: Options, note: Callable[[str], None] = 
         and not (checkpoints[model.checkpoint].path / CONFIG_NAME).exists()
     ]
     told += lost_tokens(made)
-    kinds = {
-        model.reference: kind for model in models if (kind := architecture(checkpoints[model.checkpoint])) is not None
-    }
-    if len(set(kinds.values())) > 1:
-        listed = ", ".join(f"{model} is {kind}" for model, kind in kinds.items())
-        told.append(f"{listed}: merged because names and shapes agree")
+    kinds = {model.reference: architecture(checkpoints[model.checkpoint]) for model in models}
+    types = {model.reference: language_type(checkpoints[model.checkpoint]) for model in models}
+    for stage in recipe.stages:
+        # A model under other names is meant to be of another architecture.
+        found = {name: kind for name in stage.inputs if name not in stage.names and (kind := kinds[name]) is not None}
+        if len(set(found.values())) > 1:
+            listed = ", ".join(f"{model} is {kind}" for model, kind in found.items())
+            told.append(f"{listed}: merged because names and shapes agree")
+        for name in stage.names:
+            mine, theirs = types[name] or "", types[stage.donor] or ""
+            # qwen2 is the language part of qwen2_vl.
+            if not mine.startswith(theirs) and not theirs.startswith(mine):
+                told.append(f"{name} is of the type {mine}, and the language part of {stage.donor} of {theirs}: merged "
+                            f"because names and shapes agree")  # fmt: skip
+        if stage.name is not None:
+            kinds[stage.name], types[stage.name] = kinds[stage.donor], types[stage.donor]
     if options.strict and told:
         raise RecipeError(str(recipe.path), told)
     return replace(made, warnings=(*made.warnings, *told))

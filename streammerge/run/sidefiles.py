@@ -1,8 +1,9 @@
 """Everything in OUT that is not weights: what is copied from the donor, and the model card.
 
-The donor is the base, or else the first model. Copied is every file beside its weights that is not weights itself:
-tokenizer, chat template, generation config, processors, code, licence. The recipe may take the tokenizer from another
-model, or put several together; configuration.py makes config.json true to the output.
+The donor is the base, or else the first model, of those that the recipe does not rename. Copied is every file beside
+its weights that is not weights itself: tokenizer, chat template, generation config, processors, code, licence. The
+recipe may take the tokenizer from another model, or put several together; configuration.py makes config.json true to
+the output.
 """
 
 from __future__ import annotations

@@ -27,8 +27,10 @@ def decided_recipe(recipe: Recipe, parameters: Sequence[Mapping[str, Any]], comm
     if part.base is not None:
         lines.append(_field("base_model", _reference(part.base.model, recipe.path, out)))
     lines.append("models:")
+    if part.base is not None and part.base.model in recipe.last.names:
+        lines += _named_entry(recipe, part.base.model, out)
     for source, own in zip(part.models, parameters, strict=True):
-        lines += [f"  - {_field('model', _reference(source.model, recipe.path, out))}", "    parameters:"]
+        lines += [*_named_entry(recipe, source.model, out), "    parameters:"]
         for name, value in own.items():
             if not isinstance(value, list):
                 lines.append(f"      {_field(name, value)}")
@@ -57,6 +59,13 @@ def decided_recipe(recipe: Recipe, parameters: Sequence[Mapping[str, Any]], comm
         )
         lines.append(_field("tokenizer_source", named))
     return "\n".join(lines) + "\n"
+
+
+def _named_entry(recipe: Recipe, model: str, out: Path) -> list[str]:
+    """A model of the list, with its names where it has any."""
+    names = recipe.last.names.get(model)
+    lines = [f"  - {_field('model', _reference(model, recipe.path, out))}"]
+    return lines if names is None else [*lines, f"    {_field('names', dict(names))}"]
 
 
 def _reference(model: str, recipe: Path, out: Path) -> str:

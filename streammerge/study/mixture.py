@@ -21,13 +21,13 @@ from streammerge.kernels.cut import MAGNITUDES, Cut, kept
 from streammerge.kernels.groupcut import group_cuts
 from streammerge.kernels.whole import padded
 from streammerge.methods.passthrough import AS_IT_IS, PASSTHROUGH
-from streammerge.plan.draft import Draft
+from streammerge.plan.draft import Draft, inputs_of
 from streammerge.plan.group import Group as Scope
 from streammerge.plan.group import groups_of
 from streammerge.plan.names import layer_of
 from streammerge.plan.plan import Plan
 from streammerge.plan.tensor import TensorPlan, work_of
-from streammerge.plan.view import Folded, Operand, view_of, with_heads
+from streammerge.plan.view import Folded, Operand, view_of
 from streammerge.study.network import Network
 from streammerge.study.variants import Shelf, Variant, Version, check_network, make_version
 
@@ -116,8 +116,10 @@ class Family:
         self.groups = _groups(plan.tensors, units, network.num_units, split_blocks, outside)
         self._group_of = {name: i for i, group in enumerate(self.groups) for name in group.names}
         self._checkpoints = [shelf.add(checkpoint) for checkpoint in plan.checkpoints]
+        views = {model.reference: view_of(model, plan.checkpoints) for model in plan.models}
+        own, _ = inputs_of(plan.recipe.last, views, plan.recipe.path)
         # The base first.
-        self._views, _ = with_heads([view_of(model, plan.checkpoints) for model in plan.models], plan.models)
+        self._views = [own[source.model] for source in plan.recipe.only.inputs]
         self._check_names(units)
         self._versions: dict[Any, Version] = {}
         self._scopes = groups_of(plan.tensors)

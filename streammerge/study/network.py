@@ -1,6 +1,7 @@
 """A causal language model without weights, run piece by piece: front, one block after the other, back.
 
-Any model of `transformers` will do whose blocks sit in one `ModuleList`. It is built empty; the weights of one piece
+Any model of `transformers` will do whose blocks sit in one `ModuleList`, also one that sees: it is shown texts alone,
+and what such a forward does not call needs no weights. It is built empty; the weights of one piece
 at a time are put in and taken out again. The model's own forward makes the masks, positions and rotary tables and calls
 its own blocks: a block's `forward` is replaced on the spot, so that it hands out what it was called with or passes on
 hidden states that were computed before.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from streammerge.base.errors import InputError, ShapeMismatch, UserError
-from streammerge.plan.names import layer_of, listing
+from streammerge.plan.names import layer_of, listing, sense_of
 from streammerge.study.batches import Batch
 
 # Layers that take a mask and positions as they are given, so that choices can share a prompt.
@@ -68,6 +69,7 @@ class Network:
             buffer.data = buffer.data.to(device)
         self._front_modules = self._modules_before_the_blocks()
         self._returned = self._form_returned()
+        self._idle_modules = self._modules_without_use()
         self._check_flow()
 
     def twin(self) -> Network:
@@ -114,7 +116,7 @@ class Network:
         return "position_ids" in self._accepts and kinds <= _MASKED and not own
 
     def units_of(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-        """For each tensor of a checkpoint the units that need it; () for one that the model does not know.
+        """For each tensor of a checkpoint the units that need it; () for one that the model does not know or use.
 
         Raises UserError when the checkpoint lacks a parameter of the model.
         """
@@ -235,12 +237,27 @@ class Network:
     def _units(self, target: str) -> tuple[int, ...]:
         if target.startswith(f"{self.stack}."):
             return (int(target[len(self.stack) + 1 :].split(".", 1)[0]) + 1,)
-        before = any(target.startswith(f"{module}.") for module in self._front_modules)
+        owner = target.rpartition(".")[0]
+        if owner in self._idle_modules:
+            return ()
+        before = owner in self._front_modules
         tied = any(source == target for source in self._names.tied.values())
         return (0, self.num_units - 1) if before and tied else (0,) if before else (self.num_units - 1,)
 
     def _modules_before_the_blocks(self) -> tuple[str, ...]:
         """The modules with parameters that a forward calls before its first block."""
+        return self._called(lambda: self.call(_PROBE, 0))
+
+    def _modules_without_use(self) -> frozenset[str]:
+        """The modules with parameters that no text needs, in a model that has some for more than texts."""
+        owners = {name.rpartition(".")[0] for name in self._names.shapes if not name.startswith(f"{self.stack}.")}
+        if all(sense_of(owner) == "text" for owner in owners):
+            return frozenset()
+        nothing = torch.zeros(1, self.width, device=self.device)
+        return frozenset(owners - set(self._called(lambda: self.logits(nothing))))
+
+    def _called(self, run: Callable[[], object]) -> tuple[str, ...]:
+        """The modules with parameters, outside the blocks, that are called."""
         called: list[str] = []
         hooks = []
         for name, module in self.model.named_modules():
@@ -253,7 +270,7 @@ class Network:
         self.take_out()
         try:
             with torch.inference_mode():
-                self.call(_PROBE, 0)
+                run()
         finally:
             for hook in hooks:
                 hook.remove()
@@ -395,14 +412,17 @@ class _Names:
 
 def _build(directory: Path) -> Any:
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     if not (directory / "config.json").is_file():
         raise InputError(f"{directory}: holds no config.json, which says what model it is.")
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        # What sees is asked about texts, and must not be taken for its language part alone.
+        sees = type(config) in AutoModelForImageTextToText._model_mapping
+        kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+            model = kind.from_config(config, dtype=torch.float32)
     except (OSError, StrictDataclassError) as error:
         raise InputError(f"{directory}: holds no config.json that transformers reads: {_first_line(error)}") from None
     except ValueError as error:
@@ -425,7 +445,7 @@ def _find_blocks(model: Any, directory: Path) -> tuple[str, nn.ModuleList]:
     outer = [
         (name, module)
         for name, module in fitting
-        if not any(name.startswith(f"{other}.") for other, _ in fitting if other != name)
+        if not any(name.startswith(f"{other}.") for other, _ in fitting if other != name) and sense_of(name) == "text"
     ]
     if len(outer) != 1:
         found = ", ".join(f"{name} ({len(module)})" for name, module in lists if name.count(".") < 3) or "none"

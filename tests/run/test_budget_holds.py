@@ -30,6 +30,8 @@ from tests.methods.cases import FORMS, make, make_case, usual
 from tests.models import make_models, make_tensors, save_model, write_recipe
 from tests.run.test_adapters import write_adapter
 from tests.run.vocabularies import EMBED, write_tokenizer
+from tests.scales import FORMS as SCALES
+from tests.scales import save_scaled
 from tests.study.tiny import make_model, make_specialist, sentence, write_lines
 
 BUDGET = 500_000_000
@@ -164,6 +166,16 @@ def _vocabularies(folder: Path) -> Path:
     return write_recipe(folder / "recipe.yaml", "linear", models, per_model={"weight": 0.4}, tokenizer_source="union")
 
 
+def _scaled(folder: Path) -> Path:
+    """Weights in 8 bits with scales of blocks, merged as float32 and written so again."""
+    models = [folder / f"m{seed}" for seed in range(3)]
+    for seed, path in enumerate(models):
+        save_scaled(path, make_tensors(seed, shapes=SHAPES, dtype=torch.float32), SCALES["blocks"])
+    per_model = {"weight": 0.5, "density": 0.3}
+    return write_recipe(folder / "recipe.yaml", "ties", models[1:], base=models[0], per_model=per_model,
+                        out_dtype="float8_e4m3fn")  # fmt: skip
+
+
 KINDS: dict[str, Callable[[Path], Path]] = {
     "vocabularies": _vocabularies,
     "mixed dtypes": _mixed,
@@ -175,6 +187,7 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "cut over the whole model": lambda folder: _ties(folder, parameters={"density_scope": "model"}),
     "adapters": lambda folder: _adapter(folder, norms=False),
     "adapters, DoRA": lambda folder: _adapter(folder, norms=True),
+    "float8 with scales": _scaled,
     "to float8": lambda folder: _ties(folder, out_dtype="float8_e4m3fn"),
 }
 
