@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 
 # The first number between dots, or at the start, counts the layers: model.layers.3.mlp.experts.5 is layer 3.
 _LAYER = re.compile(r"(?:^|(?P<stack>.*?)\.)(?P<index>\d{1,9})\.")
@@ -59,12 +60,16 @@ def answers_to(name: str, text: str) -> bool:
     Recipes are written for several names: `block_sparse_moe` and `experts.3.w1` stand on disk where transformers 5 has
     `mlp.experts.gate_up_proj`; GPT-2 is saved with `transformer.h.0` and with `h.0`.
     """
-    if text in name or text in _in_transformers(name):
-        return True
-    # A usual prefix that the file leaves out. The text must reach beyond it: `model` is no part of `h.0`.
-    return any(
-        prefix.endswith(text[:k]) and name.startswith(text[k:]) for prefix in _PREFIXES for k in range(1, len(text))
-    )
+    return text in name or name.startswith(_beyond_prefixes(text)) or text in _in_transformers(name)
+
+
+@cache
+def _beyond_prefixes(text: str) -> tuple[str, ...]:
+    """What is left of a filter's text where it begins in a usual prefix that the file leaves out.
+
+    The text must reach beyond it: `model` is no part of `h.0`.
+    """
+    return tuple(text[k:] for k in range(1, len(text)) if any(prefix.endswith(text[:k]) for prefix in _PREFIXES))
 
 
 def _in_transformers(name: str) -> str:
@@ -77,7 +82,7 @@ def _in_transformers(name: str) -> str:
 _HEADS = ("lm_head.weight", "embed_out.weight")
 _EMBEDDINGS = (
     "embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight",
-    "shared.weight",
+    "shared.weight", "embeddings.weight", "token_embedding.weight",
 )  # fmt: skip
 # What has a row for every token wherever it stands, whatever its length.
 _OF_TOKENS = re.compile(
@@ -134,7 +139,8 @@ def is_buffer(name: str) -> bool:
 
 
 def _only(names: Iterable[str], known: tuple[str, ...]) -> str | None:
-    found = [name for name in names if any(name == each or name.endswith(f".{each}") for each in known)]
+    ends = tuple(f".{each}" for each in known)
+    found = [name for name in names if name in known or name.endswith(ends)]
     return found[0] if len(found) == 1 else None
 
 
