@@ -13,6 +13,8 @@ _FRONT = re.compile(r"(^|[._])(embed(?!_out)|embeddings?|wte|wpe|patch|conv1|con
 
 # Names of experts on disk, and in models of transformers 5, where the experts of a layer are one tensor.
 _EXPERT = re.compile(r"\.experts\.\d+\.(w1|w3|w2|gate_proj|up_proj|down_proj)\.weight$")
+_ONE_EXPERT = re.compile(r"(?P<where>.*?\.experts)\.(?P<number>\d{1,9})\.")
+_ALL_EXPERTS = re.compile(r"(?P<where>.*?\.experts)\.(?!\d)")
 _FUSED = {"w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj", "gate_proj": "gate_up_proj",
           "up_proj": "gate_up_proj", "down_proj": "down_proj"}  # fmt: skip
 _PREFIXES = ("model.", "transformer.", "gpt_neox.")
@@ -76,6 +78,23 @@ def _in_transformers(name: str) -> str:
     canonical = name.replace(".block_sparse_moe.", ".mlp.")
     match = _EXPERT.search(canonical)
     return canonical if match is None else f"{canonical[: match.start()]}.experts.{_FUSED[match[1]]}"
+
+
+def expert_of(name: str) -> tuple[str, int] | None:
+    """Where the experts of a layer are, and the number of the one that a tensor belongs to; or None."""
+    match = _ONE_EXPERT.match(name)
+    return None if match is None else (_in_transformers(match["where"]), int(match["number"]))
+
+
+def experts_in_one(name: str) -> str | None:
+    """Where the experts are of which a tensor holds all of a layer, as of `expert_of`; or None."""
+    match = _ALL_EXPERTS.match(name)
+    return None if match is None else _in_transformers(match["where"])
+
+
+def names_one_expert(text: str) -> bool:
+    """Whether a filter's text speaks of one expert by its number."""
+    return re.search(r"(^|\.)experts\.\d", text) is not None
 
 
 # What turns the last hidden states into logits, and tokens into the first ones; a tied model uses the latter for both.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from streammerge.plan.document import nearest
 from streammerge.plan.names import in_layer, is_buffer, is_front, layer_of, listing, modules_of, position, stacks
 from streammerge.plan.recipe import Input, Module, Slice, Stage
+from streammerge.plan.unlike import unlike_experts
 from streammerge.plan.view import MOST_LAYERS, View
 
 _SHOWN = 10
@@ -98,10 +99,13 @@ class Places:
     ) -> tuple[list[Place], list[tuple[int, int]]]:
         sets = [dict.fromkeys(self._names(source.model, module)) for source in part.inputs]
         names = list(dict.fromkeys(name for each in sets for name in each))
-        found = self._names_problems(part.inputs, sets, names)
+        unlike, explained = unlike_experts([source.model for source in part.inputs], sets)
+        found = self._names_problems(part.inputs, sets, [name for name in names if name not in explained])
         if found:
             advice = "every model must hold the same tensors: are these models of one architecture?"
-            problems += [*shorten(found, 1), advice]
+            found = [*shorten(found, 1), advice]
+        if unlike or found:
+            problems += [*unlike, *found]
             return [], []
         depth = stacks(names)
         places = []
