@@ -65,6 +65,10 @@ def make_models(folder: Path, architecture: Architecture) -> list[Path]:
     return [base, folder / "a", folder / "b"]
 
 
+def architecture_of(name: str) -> Architecture:
+    return next(each for each in ARCHITECTURES if each.name == name)
+
+
 def tensors_of(path: Path) -> dict[str, Tensor]:
     return load_file(path / "model.safetensors")
 
