@@ -116,25 +116,29 @@ def _streammerge(*arguments: str, sync_at: Path) -> Measurement:
 
 
 def _print_counts(measured: Sequence[Count]) -> None:
-    headers = [
-        "tensors", "plan s", "plan s per 1,000", "merge s", "merge s per 1,000", "anon + shmem MiB, plan", "merge",
-    ]  # fmt: skip
+    headers = ["tensors"]
+    for name in ("plan", "merge"):
+        headers += [f"{name} s", "CPU s", "per 1,000", "CPU s", "anon + shmem MiB"]
     rows = [
-        [
-            f"{count.num_tensors:,}",
-            f"{count.plan.seconds:.2f}",
-            f"{count.plan.seconds / count.num_tensors * 1000:.3f}",
-            f"{count.merge.seconds:.2f}",
-            f"{count.merge.seconds / count.num_tensors * 1000:.3f}",
-            format_mib(count.plan.peak_anonymous_bytes),
-            format_mib(count.merge.peak_anonymous_bytes),
-        ]
+        [f"{count.num_tensors:,}", *_cells(count.plan, count.num_tensors), *_cells(count.merge, count.num_tensors)]
         for count in measured
     ]
     print(f"\n{markdown_table(headers, rows)}")
+    others = sum(run.other_cpu_seconds for count in measured for run in (count.plan, count.merge))
+    seconds = sum(run.seconds for count in measured for run in (count.plan, count.merge))
+    print(f"\nMeanwhile other programs kept {others / seconds:.1f} processors busy.")
     if len(measured) > 1:
         first, last = measured[0], measured[-1]
         more = last.num_tensors - first.num_tensors
         for name, early, late in (("plan", first.plan, last.plan), ("merge", first.merge, last.merge)):
             slope = (late.seconds - early.seconds) / more * 1000
             print(f"\n{name}: {slope:.3f} s per further 1,000 tensors, from the first count to the last")
+
+
+def _cells(run: Measurement, tensors: int) -> list[str]:
+    cpu = run.user_seconds + run.system_seconds
+    thousands = tensors / 1000
+    return [
+        f"{run.seconds:.2f}", f"{cpu:.2f}", f"{run.seconds / thousands:.3f}", f"{cpu / thousands:.3f}",
+        format_mib(run.peak_anonymous_bytes),
+    ]  # fmt: skip

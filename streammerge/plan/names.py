@@ -132,7 +132,10 @@ def vocabulary_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int] | Non
     Those are embeddings and heads, also where layers have some of their own, and whatever else outside the layers is as
     long, as a head's bias. A tensor of one row, as long as that, counts as rows of one element.
     """
-    tables = {name: _rows(shape) for name, shape in shapes.items() if shape and _NOT_OF_TOKENS.search(name) is None}
+    tables = {
+        name: _rows(shape) for name, shape in shapes.items()
+        if shape and (layer_of(name) is None or _OF_TOKENS.search(name)) and _NOT_OF_TOKENS.search(name) is None
+    }  # fmt: skip
     outside = [name for name in tables if layer_of(name) is None]
     embedding = embedding_of(outside)
     if embedding is None:

@@ -99,14 +99,15 @@ class Places:
     ) -> tuple[list[Place], list[tuple[int, int]]]:
         sets = [dict.fromkeys(self._names(source.model, module)) for source in part.inputs]
         names = list(dict.fromkeys(name for each in sets for name in each))
-        unlike, explained = unlike_experts([source.model for source in part.inputs], sets)
-        found = self._names_problems(part.inputs, sets, [name for name in names if name not in explained])
-        if found:
-            advice = "every model must hold the same tensors: are these models of one architecture?"
-            found = [*shorten(found, 1), advice]
-        if unlike or found:
-            problems += [*unlike, *found]
-            return [], []
+        if any(each.keys() != sets[0].keys() for each in sets):
+            unlike, explained = unlike_experts([source.model for source in part.inputs], sets)
+            found = self._names_problems(part.inputs, sets, [name for name in names if name not in explained])
+            if found:
+                advice = "every model must hold the same tensors: are these models of one architecture?"
+                found = [*shorten(found, 1), advice]
+            if unlike or found:
+                problems += [*unlike, *found]
+                return [], []
         depth = stacks(names)
         places = []
         for name in names:

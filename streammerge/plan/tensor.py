@@ -186,7 +186,11 @@ def work_of(draft: Operand) -> tuple[tuple[Leaf, ...], tuple[Step, ...]]:
         return tuple(dict.fromkeys(_leaves(draft))), ()
     operand(draft)
     count = len(reads)
-    numbered = [replace(step, operands=tuple(i if i >= 0 else count - 1 - i for i in step.operands)) for step in steps]
+    numbered = [
+        step if min(step.operands) >= 0
+        else replace(step, operands=tuple(i if i >= 0 else count - 1 - i for i in step.operands))
+        for step in steps
+    ]  # fmt: skip
     return tuple(reads), tuple(numbered)
 
 

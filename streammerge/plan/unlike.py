@@ -14,8 +14,6 @@ Experts = Mapping[str, Mapping[int, str]]
 
 def unlike_experts(models: Sequence[str], sets: Sequence[Collection[str]]) -> tuple[list[str], set[str]]:
     """What is wrong with the experts of models that hold these tensors, and the tensors that this accounts for."""
-    if all(set(names) == set(sets[0]) for names in sets):
-        return [], set()
     found = [_experts_of(names) for names in sets]
     in_one = [{where: name for name in names if (where := experts_in_one(name)) is not None} for names in sets]
     for one, apart in zip(models, found, strict=True):
