@@ -78,7 +78,7 @@ def _measure_count(directory: Path, num_tensors: int) -> Count:
     recipe.write_text(RECIPE.format(**{name: json.dumps(str(path)) for name, path in checkpoints.items()}))
     output = directory / "merged"
     print(f"{num_tensors:,} tensors: ", end="", file=sys.stderr, flush=True)
-    plan = _streammerge("plan", str(recipe), "--json", sync_at=directory)
+    plan = _streammerge("plan", str(recipe), sync_at=directory)
     print(f"plan {plan.seconds:.1f} s, ", end="", file=sys.stderr, flush=True)
     merge = _streammerge(str(recipe), str(output), "--json", sync_at=directory)
     print(f"merge {merge.seconds:.1f} s", file=sys.stderr)
