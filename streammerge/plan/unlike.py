@@ -23,7 +23,7 @@ def unlike_experts(models: Sequence[str], sets: Sequence[Collection[str]]) -> tu
                 (first, *_), fused = apart[mixed[0]].values(), together[mixed[0]]
                 sentence = (
                     f"{one} has every expert in tensors of its own ({first}), and {other} all experts of a layer in "
-                    f"one ({fused}): give both one layout, such as that in which transformers saves them"
+                    f"one ({fused}): store both in the same way, then merge them"
                 )
                 # Routers and experts that all share have other names then, too.
                 layers = {layer_of(f"{where}.") for where in mixed}
