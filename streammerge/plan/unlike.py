@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from streammerge.plan.names import expert_of, experts_in_one, layer_of
+from streammerge.plan.names import expert_of, experts_in_one, layer_of, stacks
 
 _SHOWN = 3
-
-# The experts that a model has tensors of, by where they are, with the first tensor of each.
-Experts = Mapping[str, Mapping[int, str]]
 
 
 def unlike_experts(models: Sequence[str], sets: Sequence[Collection[str]]) -> tuple[list[str], set[str]]:
@@ -26,18 +23,29 @@ def unlike_experts(models: Sequence[str], sets: Sequence[Collection[str]]) -> tu
                     f"one ({fused}): store both in the same way, then merge them"
                 )
                 # Routers and experts that all share have other names then, too.
-                layers = {layer_of(f"{where}.") for where in mixed}
-                return [sentence], {name for names in sets for name in names if layer_of(name) in layers}
-    missing = {
-        (where, number)
-        for where in {where for own in found for where in own}
-        for number in {number for own in found for number in own.get(where, ())}
-        if any(number not in own.get(where, ()) for own in found)
-    }
-    return _counts(models, found), {name for names in sets for name in names if expert_of(name) in missing}
+                blocks = {layer_of(f"{where}.") for where in mixed}
+                return [sentence], {name for names in sets for name in names if layer_of(name) in blocks}
+    depths = [stacks(names) for names in sets]
+    sentences: list[str] = []
+    missing: set[tuple[str, int]] = set()
+    layers = {where: layer for own in found for where in own if (layer := layer_of(f"{where}.")) is not None}
+    for where, (stack, number) in sorted(layers.items(), key=lambda each: each[1]):
+        pairs = [
+            (model, own.get(where, {}))
+            for model, own, depth in zip(models, found, depths, strict=True)
+            # A model without such layers at all, as without a tower, lacks more than experts.
+            if stack in depth
+        ]
+        sentences += _counts(pairs, f"layer {number}")
+        numbers = {expert for _, own in pairs for expert in own}
+        missing |= {(where, expert) for expert in numbers if any(expert not in own for _, own in pairs)}
+    more = len(sentences) - _SHOWN
+    said = [*sentences[:_SHOWN], *([f"and {more} more like these"] if more > 0 else [])]
+    return said, {name for names in sets for name in names if expert_of(name) in missing}
 
 
 def _experts_of(names: Collection[str]) -> dict[str, dict[int, str]]:
+    """The experts that there are tensors of, by where they are, with the first tensor of each."""
     found: dict[str, dict[int, str]] = {}
     for name in names:
         expert = expert_of(name)
@@ -46,25 +54,16 @@ def _experts_of(names: Collection[str]) -> dict[str, dict[int, str]]:
     return found
 
 
-def _counts(models: Sequence[str], found: Sequence[Experts]) -> list[str]:
-    """A sentence for every layer in which a model lacks experts that another has: the first few, and how many more."""
+def _counts(pairs: Sequence[tuple[str, Mapping[int, str]]], place: str) -> list[str]:
+    """A sentence for every model that lacks experts that the one with the most has in this place."""
+    most, numbers = max(pairs, key=lambda pair: len(pair[1]))
     sentences = []
-    for where in sorted({where for own in found for where in own}, key=_order):
-        pairs = [(model, own.get(where, {})) for model, own in zip(models, found, strict=True)]
-        most, numbers = max(pairs, key=lambda pair: len(pair[1]))
-        for model, own in pairs:
-            lacking = [number for number in numbers if number not in own]
-            if lacking:
-                layer = layer_of(f"{where}.")
-                place = where if layer is None else f"layer {layer[1]}"
-                sentences.append(
-                    f"{model} has {len(own)} experts in {place}, {most} has {len(numbers)}: it lacks "
-                    f"{', '.join(map(str, lacking[:_SHOWN]))}{' and more' if len(lacking) > _SHOWN else ''} "
-                    f"({numbers[lacking[0]]})"
-                )
-    more = len(sentences) - _SHOWN
-    return [*sentences[:_SHOWN], *([f"and so in {more} more layer{'s'[: more > 1]}"] if more > 0 else [])]
-
-
-def _order(where: str) -> tuple[tuple[str, int], str]:
-    return layer_of(f"{where}.") or ("", -1), where
+    for model, own in pairs:
+        lacking = [number for number in numbers if number not in own]
+        if lacking:
+            sentences.append(
+                f"{model} has {len(own)} experts in {place}, {most} has {len(numbers)}: it lacks "
+                f"{', '.join(map(str, lacking[:_SHOWN]))}{' and more' if len(lacking) > _SHOWN else ''} "
+                f"({numbers[lacking[0]]})"
+            )
+    return sentences

@@ -127,7 +127,7 @@ def test_experts_that_a_model_lacks_are_counted(tmp_path: Path, shapes: Any) -> 
     found = problems(tmp_path, save(tmp_path, base=shapes(8, 300), m1=shapes(8, 300), m2=shapes(2, 300)))
     assert [problem.partition(": ")[0] for problem in found] == [
         "m2 has 2 experts in layer 0, base has 8", "m2 has 2 experts in layer 1, base has 8",
-        "m2 has 2 experts in layer 2, base has 8", "and so in 297 more layers",
+        "m2 has 2 experts in layer 2, base has 8", "and 297 more like these",
     ]  # fmt: skip
     assert "it lacks 2, 3, 4 and more" in found[0]
     assert problems(tmp_path, save(tmp_path, base=some, m2=whole))[0].startswith("base has 6 experts in layer 3, m2 ")
@@ -147,6 +147,16 @@ def test_a_dense_model_beside_one_with_experts_has_none(tmp_path: Path) -> None:
     dense = {f"model.layers.{i}.mlp.up_proj.weight": (8, 8) for i in range(2)}
     found = problems(tmp_path, save(tmp_path, base=qwen(), dense=dense))
     assert found[0].startswith("dense has 0 experts in layer 0, base has 4")
+
+
+def test_a_tower_of_experts_that_one_model_lacks_whole_is_copied_as_any_tower(tmp_path: Path) -> None:
+    tower = {name.replace("model.", "audio."): shape for name, shape in qwen().items()}
+    models = save(tmp_path, base={**qwen(), **tower}, one=qwen())
+    notes: list[str] = []
+    streammerge.merge(write(tmp_path, models), tmp_path / "out", compile="off", note=notes.append)
+    assert any("not in every model: copied from" in note for note in notes)
+    base, merged = (load_file(path / "model.safetensors") for path in (models[0], tmp_path / "out"))
+    assert all(torch.equal(merged[name], base[name]) for name in tower)
 
 
 @pytest.mark.parametrize("apart", [mixtral, qwen])
