@@ -30,6 +30,7 @@ class CheckpointSpec:
     config: Mapping[str, Any]  # config.json
     repeat_noise: bool = False  # write one tile over and over: quick to make, but each value occurs many times
     seed: int = 20240501
+    shards: int = 1  # files, with an index where there are several
 
     @property
     def tensor_bytes(self) -> int:
@@ -113,6 +114,10 @@ def prepare_checkpoints(directory: Path, spec: CheckpointSpec) -> dict[str, Path
             raise BenchError("the checkpoints could not be made (see above).")
         unfinished.rename(marker)
     return {model: directory / model for model in spec.models}
+
+
+def shard_name(number: int, count: int) -> str:
+    return WEIGHTS_NAME if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
 def weights_of(checkpoints: Sequence[Path]) -> list[Path]:

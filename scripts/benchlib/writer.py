@@ -10,13 +10,14 @@ import json
 import math
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from io import BufferedWriter
 from pathlib import Path
 
 import torch
 
-from benchlib.checkpoints import BYTES_PER_ELEMENT, WEIGHTS_NAME, CheckpointSpec
+from benchlib.checkpoints import BYTES_PER_ELEMENT, CheckpointSpec, shard_name
 
 TILE_ELEMENTS = 4 << 20
 SPREAD = 0.02
@@ -45,17 +46,35 @@ class _TileSource:
 
 
 def write_checkpoints(directory: Path, spec: CheckpointSpec) -> None:
-    header = _build_header(spec)
     source = _TileSource(len(spec.models), spec.seed, repeat=spec.repeat_noise)
+    for model in spec.models:
+        (directory / model).mkdir(exist_ok=True)
+        (directory / model / "config.json").write_text(json.dumps(spec.config, indent=2) + "\n")
+    names = list(spec.tensors)
+    weight_map: dict[str, str] = {}
+    for number in range(spec.shards):
+        part = names[len(names) * number // spec.shards : len(names) * (number + 1) // spec.shards]
+        name = shard_name(number, spec.shards)
+        weight_map |= dict.fromkeys(part, name)
+        _write_shards(
+            [directory / model / name for model in spec.models], {each: spec.tensors[each] for each in part}, source
+        )
+    if spec.shards > 1:
+        index = json.dumps({"metadata": {"total_size": spec.tensor_bytes}, "weight_map": weight_map})
+        for model in spec.models:
+            (directory / model / "model.safetensors.index.json").write_text(index)
+
+
+def _write_shards(paths: Sequence[Path], tensors: Mapping[str, tuple[int, ...]], source: _TileSource) -> None:
+    """The same shard of every model."""
+    header = _build_header(tensors)
     with ExitStack() as stack:
         files: list[BufferedWriter] = []
-        for model in spec.models:
-            (directory / model).mkdir(exist_ok=True)
-            (directory / model / "config.json").write_text(json.dumps(spec.config, indent=2) + "\n")
-            file = stack.enter_context((directory / model / WEIGHTS_NAME).open("wb"))
+        for path in paths:
+            file = stack.enter_context(path.open("wb"))
             file.write(header)
             files.append(file)
-        for shape in spec.tensors.values():
+        for shape in tensors.values():
             num_elements = math.prod(shape)
             mean = 1.0 if len(shape) == 1 else 0.0
             for start in range(0, num_elements, TILE_ELEMENTS):
@@ -67,10 +86,10 @@ def write_checkpoints(directory: Path, spec: CheckpointSpec) -> None:
             os.fsync(file.fileno())
 
 
-def _build_header(spec: CheckpointSpec) -> bytes:
+def _build_header(tensors: Mapping[str, tuple[int, ...]]) -> bytes:
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, shape in spec.tensors.items():
+    for name, shape in tensors.items():
         end = offset + BYTES_PER_ELEMENT * math.prod(shape)
         entries[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, end]}
         offset = end

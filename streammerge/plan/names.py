@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 
 # The first number between dots, or at the start, counts the layers: model.layers.3.mlp.experts.5 is layer 3.
 _LAYER = re.compile(r"(?:^|(?P<stack>.*?)\.)(?P<index>\d{1,9})\.")
@@ -12,6 +13,8 @@ _FRONT = re.compile(r"(^|[._])(embed(?!_out)|embeddings?|wte|wpe|patch|conv1|con
 
 # Names of experts on disk, and in models of transformers 5, where the experts of a layer are one tensor.
 _EXPERT = re.compile(r"\.experts\.\d+\.(w1|w3|w2|gate_proj|up_proj|down_proj)\.weight$")
+_ONE_EXPERT = re.compile(r"(?P<where>.*?\.experts)\.(?P<number>\d{1,9})\.")
+_ALL_EXPERTS = re.compile(r"(?P<where>.*?\.experts)\.(?!\d)")
 _FUSED = {"w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj", "gate_proj": "gate_up_proj",
           "up_proj": "gate_up_proj", "down_proj": "down_proj"}  # fmt: skip
 _PREFIXES = ("model.", "transformer.", "gpt_neox.")
@@ -74,12 +77,16 @@ def answers_to(name: str, text: str) -> bool:
     Recipes are written for several names: `block_sparse_moe` and `experts.3.w1` stand on disk where transformers 5 has
     `mlp.experts.gate_up_proj`; GPT-2 is saved with `transformer.h.0` and with `h.0`.
     """
-    if text in name or text in _in_transformers(name):
-        return True
-    # A usual prefix that the file leaves out. The text must reach beyond it: `model` is no part of `h.0`.
-    return any(
-        prefix.endswith(text[:k]) and name.startswith(text[k:]) for prefix in _PREFIXES for k in range(1, len(text))
-    )
+    return text in name or name.startswith(_beyond_prefixes(text)) or text in _in_transformers(name)
+
+
+@cache
+def _beyond_prefixes(text: str) -> tuple[str, ...]:
+    """What is left of a filter's text where it begins in a usual prefix that the file leaves out.
+
+    The text must reach beyond it: `model` is no part of `h.0`.
+    """
+    return tuple(text[k:] for k in range(1, len(text)) if any(prefix.endswith(text[:k]) for prefix in _PREFIXES))
 
 
 def _in_transformers(name: str) -> str:
@@ -88,11 +95,28 @@ def _in_transformers(name: str) -> str:
     return canonical if match is None else f"{canonical[: match.start()]}.experts.{_FUSED[match[1]]}"
 
 
+def expert_of(name: str) -> tuple[str, int] | None:
+    """Where the experts of a layer are, and the number of the one that a tensor belongs to; or None."""
+    match = _ONE_EXPERT.match(name)
+    return None if match is None else (_in_transformers(match["where"]), int(match["number"]))
+
+
+def experts_in_one(name: str) -> str | None:
+    """Where the experts are of which a tensor holds all of a layer, as of `expert_of`; or None."""
+    match = _ALL_EXPERTS.match(name)
+    return None if match is None else _in_transformers(match["where"])
+
+
+def names_one_expert(text: str) -> bool:
+    """Whether a filter's text speaks of one expert by its number."""
+    return re.search(r"(^|\.)experts\.\d", text) is not None
+
+
 # What turns the last hidden states into logits, and tokens into the first ones; a tied model uses the latter for both.
 _HEADS = ("lm_head.weight", "embed_out.weight")
 _EMBEDDINGS = (
     "embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight",
-    "shared.weight",
+    "shared.weight", "embeddings.weight", "token_embedding.weight",
 )  # fmt: skip
 # What has a row for every token wherever it stands, whatever its length.
 _OF_TOKENS = re.compile(
@@ -123,7 +147,10 @@ def vocabulary_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int] | Non
     Those are embeddings and heads, also where layers have some of their own, and whatever else outside the layers is as
     long, as a head's bias. A tensor of one row, as long as that, counts as rows of one element.
     """
-    tables = {name: _rows(shape) for name, shape in shapes.items() if shape and _NOT_OF_TOKENS.search(name) is None}
+    tables = {
+        name: _rows(shape) for name, shape in shapes.items()
+        if shape and (layer_of(name) is None or _OF_TOKENS.search(name)) and _NOT_OF_TOKENS.search(name) is None
+    }  # fmt: skip
     outside = [name for name in tables if layer_of(name) is None]
     embedding = embedding_of(outside)
     if embedding is None:
@@ -149,7 +176,8 @@ def is_buffer(name: str) -> bool:
 
 
 def _only(names: Iterable[str], known: tuple[str, ...]) -> str | None:
-    found = [name for name in names if any(name == each or name.endswith(f".{each}") for each in known)]
+    ends = tuple(f".{each}" for each in known)
+    found = [name for name in names if name in known or name.endswith(ends)]
     return found[0] if len(found) == 1 else None
 
 

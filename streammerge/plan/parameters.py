@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from streammerge.kernels.contract import Param, Settings, Value
 from streammerge.plan.document import nearest
-from streammerge.plan.names import answers_to
+from streammerge.plan.names import answers_to, experts_in_one, names_one_expert
 from streammerge.plan.places import Place
 from streammerge.plan.recipe import Input, Module, Parameters, Slice, Stage
 from streammerge.plan.setting import Setting, value_at
@@ -111,14 +111,19 @@ def unmatched_filters(stage: Stage, places: Sequence[Place]) -> list[str]:
         for parameters in _all_parameters(stage)
         for name, setting in parameters.items()
         for entry in setting
-        if entry.filter not in (None, "*")
+        if entry.filter is not None and entry.filter != "*"
     )
+    unmatched = [(name, text) for name, text in filters if not any(answers_to(tensor, text) for tensor in names)]
+    if not unmatched:
+        return []
     parts = sorted({part for name in names for part in name.split(".")})
+    fused = next((name for name in names if experts_in_one(name) is not None), None)
     return [
-        f"{name}: the filter {text!r} matches no tensor.{nearest(text, parts)}"
-        for name, text in filters
-        if text is not None and not any(answers_to(tensor, text) for tensor in names)
-    ]
+        f"{name}: the filter {text!r} matches no tensor."
+        + (f" {fused} holds all experts of its layer, which have one set of parameters: no filter can tell them apart"
+           if fused is not None and names_one_expert(text) else nearest(text, parts))
+        for name, text in unmatched
+    ]  # fmt: skip
 
 
 def _all_parameters(stage: Stage) -> Iterator[Parameters]:

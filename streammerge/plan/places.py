@@ -19,6 +19,7 @@ from streammerge.plan.names import (
 )
 from streammerge.plan.recipe import Input, Module, Slice, Stage
 from streammerge.plan.renamed import suggested
+from streammerge.plan.unlike import unlike_experts
 from streammerge.plan.view import MOST_LAYERS, View
 
 _SHOWN = 10
@@ -105,11 +106,15 @@ class Places:
     def _whole_places(self, module: Module, part: Slice, problems: list[str]) -> list[Place]:
         sets = [dict.fromkeys(self._names(source.model, module)) for source in part.inputs]
         names = list(dict.fromkeys(name for each in sets for name in each))
-        found = self._names_problems(part.inputs, sets, names)
-        if found:
-            advice = "every model must hold the same tensors: are these models of one architecture?"
-            problems += [*shorten(found, 1), advice + self._suggestion(part)]
-            return []
+        if any(each.keys() != sets[0].keys() for each in sets):
+            unlike, explained = unlike_experts([source.model for source in part.inputs], sets)
+            found = self._names_problems(part.inputs, sets, [name for name in names if name not in explained])
+            if found:
+                advice = "every model must hold the same tensors: are these models of one architecture?"
+                found = [*shorten(found, 1), advice + self._suggestion(part)]
+            if unlike or found:
+                problems += [*unlike, *found]
+                return []
         depth = stacks(names)
         places = []
         for name in names:

@@ -107,13 +107,13 @@ class TensorPlan:
     def action(self) -> Literal["merge", "copy", "equal"]:
         return "merge" if self.steps else "copy" if len(self.reads) == 1 else "equal"
 
-    @property
+    @cached_property
     def dtypes(self) -> tuple[str, ...]:
         """The dtype of every operand: of the reads, then of the steps; and of the codes where there are such."""
         codes = () if self.scaling is None else (self.dtype,)
         return (*(read.dtype for read in self.reads), *(step.dtype for step in self.steps), *codes)
 
-    @property
+    @cached_property
     def passes(self) -> int:
         """How often it is read when what is read does not stay in memory."""
         asked = sum(step.method.passes(step.settings, self._narrow(step)) - 1 for step in self.steps)
@@ -186,7 +186,11 @@ def work_of(draft: Operand) -> tuple[tuple[Leaf, ...], tuple[Step, ...]]:
         return tuple(dict.fromkeys(_leaves(draft))), ()
     operand(draft)
     count = len(reads)
-    numbered = [replace(step, operands=tuple(i if i >= 0 else count - 1 - i for i in step.operands)) for step in steps]
+    numbered = [
+        step if min(step.operands) >= 0
+        else replace(step, operands=tuple(i if i >= 0 else count - 1 - i for i in step.operands))
+        for step in steps
+    ]  # fmt: skip
     return tuple(reads), tuple(numbered)
 
 

@@ -17,7 +17,7 @@ from streammerge.kernels.compiled import (
     compiler_missing,
     default_cache,
 )
-from streammerge.kernels.contract import Program
+from streammerge.kernels.contract import BLOCK, Program
 from streammerge.kernels.dtypes import torch_dtype
 from streammerge.plan.budget import Schedule, keeps
 from streammerge.plan.tensor import Step, TensorPlan
@@ -88,7 +88,10 @@ def _cannot(limit_bytes: int) -> str | None:
 def programs_of(
     tensors: Sequence[TensorPlan], schedule: Schedule | None = None
 ) -> dict[tuple[Program, Signature], int]:
-    """The programs of these tensors that can be compiled, with the elements times models that each sees in all."""
+    """The programs of these tensors that can be compiled, with the elements times models that each sees in all.
+
+    Those are of whole blocks: so many small tensors are worth a compiler.
+    """
     counts: dict[tuple[Program, Signature], int] = {}
     for tensor in tensors:
         for step in tensor.steps:
@@ -108,7 +111,7 @@ def programs_of(
                     continue
                 orders = pair[0].orders
                 for each in (pair,) if orders is None else (pair, (orders, look)):
-                    counts[each] = counts.get(each, 0) + tensor.elements * look.models
+                    counts[each] = counts.get(each, 0) + -(-tensor.elements // BLOCK) * BLOCK * look.models
     return counts
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong in mergekit 0.1.5 and must not go wrong here: its defects that concern recipes and methods.
+"""What goes wrong in mergekit 0.1.5 and must not go wrong here: its defects of recipes, methods and architectures.
 
 Numbers are those of the list this project was built from. Tested elsewhere, by name:
 
@@ -6,7 +6,11 @@ Numbers are those of the list this project was built from. Tested elsewhere, by 
     4   found late                        tests/plan/test_recipe.py, test_plan.py: all before a tensor byte is read
     6   layer_range [0, -1]               test_recipes.py: impossible layer ranges are refused
     8   sources of the last slice         test_recipes.py: slices of several sources …
+    9   a tied flag gone stale            tests/run/test_tied.py, and here
+    17  quadratic in the tensors          tests/run/test_many_tensors.py, and here
     20  strings replaced everywhere       test_recipes.py: only models are replaced by stages
+    22  filters with names of another age test_recipes.py, tests/run/test_experts.py: experts by either name
+    26  Whisper does not load             tests/run/test_architectures.py
 """
 
 from __future__ import annotations
@@ -28,7 +32,9 @@ from torch import Tensor
 import streammerge
 from streammerge.base.errors import OutputError, RecipeError, UserError
 from streammerge.methods import METHODS
-from tests.models import make_models, make_tensors, save_model
+from streammerge.plan.names import stacks
+from tests.models import SHAPES, make_models, make_tensors, save_model
+from tests.run.test_architectures import architecture_of, load, make_base, run
 from tests.scales import FORMS, save_scaled
 
 
@@ -63,6 +69,26 @@ def test_1_codes_are_merged_as_what_they_stand_for_or_refused(tmp_path: Path) ->
     assert not (tmp_path / "refused").exists()
 
 
+# Kinds of which mergekit has no table, or whose config has lists by layer; some have layers of several kinds.
+STACKED = ["qwen2", "gemma3_text", "deepseek_v3", "olmoe", "gpt_oss", "mamba", "falcon_h1", "lfm2"]
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+@pytest.mark.parametrize("name", STACKED)
+def test_2_stacked_layers_of_any_architecture_load_with_their_number(tmp_path: Path, name: str) -> None:
+    """There the old number stays where there is no table, and writing the config fails after the weights."""
+    architecture = architecture_of(name)
+    base = str(make_base(tmp_path, architecture))
+    ranges = ([0, 2], [1, 2], [1, 2])
+    slices = [{"sources": [{"model": base, "layer_range": layers}]} for layers in ranges]
+    merged = merge(tmp_path, {"merge_method": "passthrough", "slices": slices})
+    model, found = load(tmp_path / "out", architecture)
+    assert not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), found
+    assert model.config.num_hidden_layers == 4
+    assert stacks(merged) == dict.fromkeys(architecture.stacks, 4)
+    assert run(model, architecture).isfinite().all()
+
+
 def test_5_the_donor_of_config_and_tokenizer_does_not_hang_on_a_hash(tmp_path: Path) -> None:
     models = make_models(tmp_path / "models", 2, shapes={"w": (4, 4)})
     for number, model in enumerate(models):
@@ -85,6 +111,39 @@ def test_7_a_gradient_at_lm_head_is_its_first_value_as_there(tmp_path: Path) -> 
     base, one = (load_file(path / "model.safetensors") for path in models)
     assert torch.equal(merged["lm_head.weight"], one["lm_head.weight"])
     assert torch.equal(merged["model.layers.1.w"], base["model.layers.1.w"])
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+@pytest.mark.parametrize("name", ["gemma2", "cohere2", "lfm2", "mamba"])
+def test_9_a_head_beside_a_tied_embedding_is_used_by_what_loads_it(tmp_path: Path, name: str) -> None:
+    """There the flag of the tied model stays, and the head is thrown away; some kinds have no head in their table."""
+    architecture = architecture_of(name)
+    tied = make_base(tmp_path, architecture)
+    untied = tmp_path / "untied"
+    tensors = load_file(tied / "model.safetensors")
+    assert architecture.embedding is not None
+    embedding = tensors[architecture.embedding]
+    save_model(untied, {**tensors, "lm_head.weight": -3 * embedding})
+    config = json.loads((tied / "config.json").read_text())
+    (untied / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    recipe = {"merge_method": "linear", "parameters": {"weight": 0.5},
+              "models": [{"model": str(tied)}, {"model": str(untied)}]}  # fmt: skip
+    merged = merge(tmp_path, recipe)
+    assert torch.allclose(merged["lm_head.weight"], -embedding)
+    model, found = load(tmp_path / "out", architecture)
+    assert not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), found
+    assert torch.equal(model.get_output_embeddings().weight, merged["lm_head.weight"])
+    assert torch.equal(model.get_input_embeddings().weight, embedding)
+
+
+def test_10_tensors_that_no_table_of_an_architecture_has_are_merged(tmp_path: Path) -> None:
+    """There what a model holds beyond its table is dropped without a word."""
+    shapes = {**SHAPES, "model.layers.0.self_attn.q_proj.bias": (64,), "model.layers.1.mlp.router.scale": (4,),
+              "model.layers.0.mlp.experts.3.lora_like": (4, 4), "value_head.weight": (1, 64)}  # fmt: skip
+    models = make_models(tmp_path / "models", 1, shapes=shapes)
+    merged = merge(tmp_path, task_vectors("task_arithmetic", models, weight=1.0))
+    assert merged.keys() == shapes.keys()
+    assert all(torch.equal(merged[name], own) for name, own in load_file(models[1] / "model.safetensors").items())
 
 
 def test_10_a_tensor_that_one_model_lacks_is_named_and_never_dropped(tmp_path: Path) -> None:
@@ -190,3 +249,20 @@ def test_a_weight_sum_near_zero_is_reported_and_stops_nothing(tmp_path: Path) ->
     report = streammerge.merge(path, tmp_path / "out", compile="off")
     assert report.nonfinite == {"w": (0, 64 * 64)}
     assert not np.isfinite(load_file(tmp_path / "out" / "model.safetensors")["w"].float().numpy()).any()
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+def test_26_a_buffer_of_positions_that_only_one_bert_has_is_no_crash(tmp_path: Path) -> None:
+    """There its entry in the table of BERT, optional and with another name, ends in a TypeError."""
+    bert = architecture_of("bert")
+    new = make_base(tmp_path, bert)
+    old, positions = tmp_path / "old", torch.arange(64).view(1, 64)
+    save_model(old, {**load_file(new / "model.safetensors"), "bert.embeddings.position_ids": positions})
+    (old / "config.json").write_text((new / "config.json").read_text())
+    recipe = {"merge_method": "linear", "parameters": {"weight": 0.5},
+              "models": [{"model": str(new)}, {"model": str(old)}]}  # fmt: skip
+    merged = merge(tmp_path, recipe)
+    assert torch.equal(merged["bert.embeddings.position_ids"], positions)
+    model, found = load(tmp_path / "out", bert)
+    assert not found["missing_keys"]
+    assert run(model, bert).isfinite().all()

@@ -1,9 +1,12 @@
 """Seconds against the number of tensors: planning and merging should take linear time.
 
-Two bf16 models of N tensors with 64 elements each, named like the experts of a mixture, merged by linear.
+A base and two bf16 models of N tensors with 64 elements each, named like DeepSeek-V3's (256 experts in a layer, and one
+that all share; 45,000 tensors are 58 layers), in 8 shards, merged by task_arithmetic with filters for an expert, for
+what is shared and for routers. Tensors so small cost their overhead alone.
 """
 
 import argparse
+import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -15,12 +18,24 @@ from benchlib.errors import BenchError
 from benchlib.machine import describe_machine, describe_versions
 from benchlib.measure import Measurement, measure
 from benchlib.project import ROOT, child_environment, streammerge_command
-from benchlib.recipes import METHODS, write_recipe
 from benchlib.tables import format_mib, markdown_facts, markdown_table, save_json
 
 SUMMARY = "seconds against the number of tensors"
-ELEMENTS = 64
-EXPERTS_PER_LAYER = 100
+SHAPE = (8, 8)
+EXPERTS_PER_LAYER = 256
+SHARDS = 8
+RECIPE = """
+merge_method: task_arithmetic
+base_model: {base}
+models: [{{model: {a}}}, {{model: {b}}}]
+parameters:
+  weight:
+    - {{filter: experts.3., value: 0.2}}
+    - {{filter: shared_experts, value: 0.9}}
+    - {{filter: mlp.gate., value: 0}}
+    - {{value: [0.3, 0.6]}}
+dtype: bfloat16
+"""
 
 
 @dataclass(frozen=True)
@@ -32,7 +47,7 @@ class Count:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--counts", default="5000,10000,20000,50000", metavar="N,…", help="numbers of tensors (default: %(default)s)"
+        "--counts", default="5000,15000,45000", metavar="N,…", help="numbers of tensors (default: %(default)s)"
     )
 
 
@@ -40,10 +55,10 @@ def run(options: argparse.Namespace) -> int:
     try:
         counts = [int(count) for count in options.counts.split(",")]
     except ValueError:
-        raise BenchError(f"--counts {options.counts}: expected whole numbers, such as 5000,10000.") from None
+        raise BenchError(f"--counts {options.counts}: expected whole numbers, such as 5000,15000.") from None
     facts = {**describe_machine(), "environment": describe_versions()}
     measured: list[Count] = []
-    directory: Path = options.work / "manytensors"
+    directory: Path = options.work / "experts"
     shutil.rmtree(directory, ignore_errors=True)  # what an interrupted bench left
     try:
         for num_tensors in counts:
@@ -59,10 +74,11 @@ def run(options: argparse.Namespace) -> int:
 def _measure_count(directory: Path, num_tensors: int) -> Count:
     spec = _spec_of_count(num_tensors)
     checkpoints = prepare_checkpoints(directory / "inputs", spec)
-    recipe = write_recipe(directory / "linear.yml", METHODS["linear"], checkpoints)
+    recipe = directory / "recipe.yml"
+    recipe.write_text(RECIPE.format(**{name: json.dumps(str(path)) for name, path in checkpoints.items()}))
     output = directory / "merged"
     print(f"{num_tensors:,} tensors: ", end="", file=sys.stderr, flush=True)
-    plan = _streammerge("plan", str(recipe), "--json", sync_at=directory)
+    plan = _streammerge("plan", str(recipe), sync_at=directory)
     print(f"plan {plan.seconds:.1f} s, ", end="", file=sys.stderr, flush=True)
     merge = _streammerge(str(recipe), str(output), "--json", sync_at=directory)
     print(f"merge {merge.seconds:.1f} s", file=sys.stderr)
@@ -73,16 +89,20 @@ def _measure_count(directory: Path, num_tensors: int) -> Count:
 
 
 def _spec_of_count(num_tensors: int) -> CheckpointSpec:
-    names = [
-        f"model.layers.{i // EXPERTS_PER_LAYER}.mlp.experts.{i % EXPERTS_PER_LAYER}.up_proj.weight"
-        for i in range(num_tensors)
-    ]
+    names = ["model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"]
+    layers = 0
+    while len(names) < num_tensors:
+        block = f"model.layers.{layers}.mlp"
+        parts = ["shared_experts", *(f"experts.{i}" for i in range(EXPERTS_PER_LAYER))]
+        names += [f"model.layers.{layers}.self_attn.kv_b_proj.weight", f"{block}.gate.weight"]
+        names += [f"{block}.{part}.{w}_proj.weight" for part in parts for w in ("gate", "up", "down")]
+        layers += 1
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8, "intermediate_size": 8,
-        "num_hidden_layers": -(-num_tensors // EXPERTS_PER_LAYER), "num_attention_heads": 1, "vocab_size": 1,
-        "torch_dtype": "bfloat16",
+        "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "hidden_size": 8,
+        "intermediate_size": 8, "moe_intermediate_size": 8, "n_routed_experts": EXPERTS_PER_LAYER,
+        "num_hidden_layers": layers, "num_attention_heads": 1, "vocab_size": 8, "torch_dtype": "bfloat16",
     }  # fmt: skip
-    return CheckpointSpec(models=("a", "b"), tensors=dict.fromkeys(sorted(names), (8, ELEMENTS // 8)), config=config)
+    return CheckpointSpec(("base", "a", "b"), dict.fromkeys(names[:num_tensors], SHAPE), config, shards=SHARDS)
 
 
 def _streammerge(*arguments: str, sync_at: Path) -> Measurement:
@@ -96,25 +116,29 @@ def _streammerge(*arguments: str, sync_at: Path) -> Measurement:
 
 
 def _print_counts(measured: Sequence[Count]) -> None:
-    headers = [
-        "tensors", "plan s", "plan s per 1,000", "merge s", "merge s per 1,000", "anon + shmem MiB, plan", "merge",
-    ]  # fmt: skip
+    headers = ["tensors"]
+    for name in ("plan", "merge"):
+        headers += [f"{name} s", "CPU s", "per 1,000", "CPU s", "anon + shmem MiB"]
     rows = [
-        [
-            f"{count.num_tensors:,}",
-            f"{count.plan.seconds:.2f}",
-            f"{count.plan.seconds / count.num_tensors * 1000:.3f}",
-            f"{count.merge.seconds:.2f}",
-            f"{count.merge.seconds / count.num_tensors * 1000:.3f}",
-            format_mib(count.plan.peak_anonymous_bytes),
-            format_mib(count.merge.peak_anonymous_bytes),
-        ]
+        [f"{count.num_tensors:,}", *_cells(count.plan, count.num_tensors), *_cells(count.merge, count.num_tensors)]
         for count in measured
     ]
     print(f"\n{markdown_table(headers, rows)}")
+    others = sum(run.other_cpu_seconds for count in measured for run in (count.plan, count.merge))
+    seconds = sum(run.seconds for count in measured for run in (count.plan, count.merge))
+    print(f"\nMeanwhile other programs kept {others / seconds:.1f} processors busy.")
     if len(measured) > 1:
         first, last = measured[0], measured[-1]
         more = last.num_tensors - first.num_tensors
         for name, early, late in (("plan", first.plan, last.plan), ("merge", first.merge, last.merge)):
             slope = (late.seconds - early.seconds) / more * 1000
             print(f"\n{name}: {slope:.3f} s per further 1,000 tensors, from the first count to the last")
+
+
+def _cells(run: Measurement, tensors: int) -> list[str]:
+    cpu = run.user_seconds + run.system_seconds
+    thousands = tensors / 1000
+    return [
+        f"{run.seconds:.2f}", f"{cpu:.2f}", f"{run.seconds / thousands:.3f}", f"{cpu / thousands:.3f}",
+        format_mib(run.peak_anonymous_bytes),
+    ]  # fmt: skip
