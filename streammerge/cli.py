@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import threading
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -564,6 +565,8 @@ def main() -> None:
     # Importing torch makes half a million objects that stay: looking through them as they come took 0.12 s. A plan of
     # 45,000 tensors makes more, which stay as well: a third of its time.
     gc.set_threshold(50_000, 20, 50)
+    # Threads need a fraction of the usual 8 MB, all of which count where `ulimit -d` is set.
+    threading.stack_size(2 << 20)
     arguments = sys.argv[1:]
     verbs = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
     # `streammerge RECIPE OUT`: the verb is left out. Flags may come first.
