@@ -14,12 +14,12 @@ from streammerge.base.errors import RecipeError, ShapeMismatch, UserError
 from streammerge.kernels.contract import Method, Settings
 from streammerge.methods.passthrough import AS_IT_IS, PASSTHROUGH
 from streammerge.plan.align import align
-from streammerge.plan.names import embedding_of, head_of, in_layer, layer_of, listing
+from streammerge.plan.names import embedding_of, head_of, in_first_layer, in_layer, layer_of, listing
 from streammerge.plan.parameters import resolve, unmatched_filters
 from streammerge.plan.places import Place, Places, shorten
 from streammerge.plan.recipe import Recipe, Stage
 from streammerge.plan.renamed import Reach, check_renamed, check_shapes, renamed, without_more
-from streammerge.plan.scaled import Scaled, Scaling, quantised_as, scaling_like, usual_scaling
+from streammerge.plan.scaled import Scaled, Scaling, is_usual, quantised_as, scaling_like, usual_scaling
 from streammerge.plan.view import Folded, Model, Operand, View, view_of, with_heads
 from streammerge.storage.checkpoint import Checkpoint
 
@@ -175,10 +175,17 @@ class _Drafting:
         self._recipe, self._number, self._views = recipe, number, views
         self._stage: Stage = recipe.stages[number]
         self._sequential = sequential
-        # Whether some input is stored in 8 bits: then the output is where, and as, that is.
-        self._has_scales = any(
-            _is_scaled(tensor) is not None for name in self._stage.inputs for tensor in views[name].tensors.values()
-        )
+        # In 8 bits the output is stored where, and as, the first model is that is so stored.
+        self._bare: set[str] = set()
+        self._like: dict[str, Scaled] = {}
+        for model in sorted(self._stage.inputs, key=lambda model: model != self._stage.donor):
+            pairs = [(name, _is_scaled(tensor)) for name, tensor in views[model].tensors.items()]
+            scaled = {name: found for name, found in pairs if found is not None}
+            if not scaled:
+                self._bare.add(model)
+            elif not self._like:
+                self._like = {in_first_layer(name): found for name, found in scaled.items()} | scaled
+        self._in_more_bits: list[str] = []
         self._drawing: dict[tuple[int, str], Settings] = {}
         self.warnings: list[str] = []
         # By model, how many tensors it takes part in.
@@ -214,14 +221,14 @@ class _Drafting:
         tensors: dict[str, Operand] = {}
         for place in places.all:
             own = operands[place.name]
-            dtype, scaling = self._stored(place.name, own)
+            dtype, scaling = self._stored(place.name, own, [source.model for source in place.part.inputs])
             tensors[place.name] = Draft(
                 dtype, own[0].shape, stage.method, self._drawn(settings[place.name], own), own,
                 place.part.base is not None, prefix + place.name, self._number, scaling,
             )  # fmt: skip
         for name, model in places.copied.items():
             alone = (self._views[model].tensors[name],)
-            dtype, scaling = self._stored(name, alone)
+            dtype, scaling = self._stored(name, alone, [model])
             tensors[name] = Draft(
                 dtype, alone[0].shape, PASSTHROUGH, AS_IT_IS, alone, False, prefix + name, self._number, scaling
             )
@@ -229,6 +236,7 @@ class _Drafting:
         taken = [scaling.scale_name for scaling in scaled if scaling.scale_name in tensors]
         if taken:
             raise self._error([f"{listing(taken)} would hold scales of the output, and an input has such a tensor"])
+        self._check_scaling(scaled)
         return View(stage.name or "", tensors, places.origins)
 
     def _error(self, problems: Sequence[str]) -> RecipeError:
@@ -277,20 +285,44 @@ class _Drafting:
             + f"\n{self._stage.method.name} needs equal shapes. {advice}"
         )  # fmt: skip
 
-    def _stored(self, name: str, operands: Sequence[Operand]) -> tuple[str, Scaling | None]:
-        """The dtype in which a tensor is made, and how it is stored if as codes."""
+    def _check_scaling(self, scaled: Sequence[Scaling]) -> None:
+        """Say what programs will make of an output in 8 bits. Raises RecipeError where none can read it."""
+        asked = self._stage.out_dtype or self._stage.dtype
+        if asked is None or DTYPES[asked].kind == "float":
+            return
+        if self._in_more_bits:
+            self.warnings.append(
+                f"{'no matrix' if not scaled else f'{len(self._in_more_bits)} matrices'} in layers "
+                f"{'is' if not scaled else 'are not'} stored in 8 bits, as their sides are no multiples of 128: "
+                f"{listing(self._in_more_bits)}"
+            )
+        if asked != "F8_E5M2" or not scaled:
+            return
+        if any(scaling.suffix == "_scale" for scaling in scaled):
+            problem = "out_dtype: float8_e5m2 is none of compressed-tensors, as these are stored; write float8_e4m3fn"
+            raise self._error([problem])
+        self.warnings.append("transformers takes codes of float8_e5m2 for such of float8_e4m3fn, unless it is told to "
+                             "dequantize")  # fmt: skip
+
+    def _stored(self, name: str, operands: Sequence[Operand],
+                models: Sequence[str]) -> tuple[str, Scaling | None]:  # fmt: skip
+        """The dtype in which a tensor is made of these `models`, and how it is stored if as codes."""
         if DTYPES[operands[0].dtype].kind == "exact":
             return operands[0].dtype, None
         asked = self._stage.out_dtype or self._stage.dtype
         if asked is None or DTYPES[asked].kind == "float":
             return asked or promote([operand.dtype for operand in operands]), None
-        scaling = None
-        if self._has_scales:
+        scaling, shape = None, operands[0].shape
+        if self._like:
             found = next((scaled for each in operands if (scaled := _is_scaled(each)) is not None), None)
-            scaling = None if found is None else scaling_like(found, name, asked)
+            alike = self._like.get(name) or self._like.get(in_first_layer(name))
+            # What models in 8 bits leave in more stays so; a layer of another model becomes as theirs are.
+            if found is not None or (alike is not None and self._bare.issuperset(models)):
+                scaling = scaling_like(alike or next(iter(self._like.values())), name, shape, asked)
         else:
-            scaling = usual_scaling(name, operands[0].shape, asked)
-        # What those models leave in more bits stays so.
+            scaling = usual_scaling(name, shape, asked)
+            if scaling is None and is_usual(name, shape):
+                self._in_more_bits.append(name)
         return ("F32" if scaling is not None else promote([operand.dtype for operand in operands])), scaling
 
     def _drawn(self, settings: Settings, operands: Sequence[Operand]) -> Settings:

@@ -33,6 +33,11 @@ def in_layer(name: str, index: int) -> str:
     return f"{name[: match.start('index')]}{index}{name[match.end('index') :]}"
 
 
+def in_first_layer(name: str) -> str:
+    """The tensor's name as if it were of layer 0, if it is of any."""
+    return name if layer_of(name) is None else in_layer(name, 0)
+
+
 def is_front(name: str) -> bool:
     """Whether a tensor outside the layers comes before them: embeddings do, final norms and heads do not."""
     return _FRONT.search(name) is not None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 
 from streammerge.plan.document import nearest
-from streammerge.plan.names import in_layer, is_buffer, layer_of, listing, sense_of, stacks
+from streammerge.plan.names import in_first_layer, is_buffer, layer_of, listing, sense_of, stacks
 from streammerge.plan.recipe import Stage
 from streammerge.plan.view import Operand, View
 
@@ -120,11 +120,6 @@ def _common_end(one: str, other: str) -> str:
     """The longest end of two names, whole between dots."""
     pairs = zip(reversed(one.split(".")), reversed(other.split(".")), strict=False)
     return ".".join([part for part, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)][::-1])
-
-
-def in_first_layer(name: str) -> str:
-    """The tensor's name as if it were of layer 0, if it is of any."""
-    return name if layer_of(name) is None else in_layer(name, 0)
 
 
 def _is_sliced(stage: Stage, model: str) -> bool:

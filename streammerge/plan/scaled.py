@@ -26,14 +26,14 @@ from streammerge.storage.checkpoint import TensorSpec
 SUFFIXES = ("_scale_inv", "_scale")
 _USUAL_BLOCK = (128, 128)
 _USUAL_SUFFIX = "_scale_inv"
-_CODES = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+# Dtypes of weights in 8 bits.
+CODES = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 # Scales of what goes in and out of layers, which only a run over data can know.
 _OF_ACTIVATIONS = re.compile(r"\.(input|output|activation|[qkv])_scale(_inv)?$|\.(input|output)_global_scale$")
 _OF_WEIGHTS = re.compile(r"(_scale_inv|(^|\.)weight_scale)$")
-# Small matrices that models of 8 bits leave in more: routers, gates, and what is as narrow as they are.
+# Matrices that models of 8 bits leave in more.
 _LEFT = re.compile(r"(^|[._])(gate|router|norm|embed\w*|wte|wpe|lora_\w+)\.weight$")
-_LEAST_SIDE = 128
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,11 @@ class Scaling:
     scale_dtype: str
     scale_shape: tuple[int, ...]
 
+    @property
+    def suffix(self) -> str:
+        """What the scales' name has after that of the weight."""
+        return "_scale_inv" if self.scale_name.endswith("_scale_inv") else "_scale"
+
     @cached_property
     def quantum(self) -> int | None:
         """A range of so many elements, or a multiple, has whole blocks only; None where that would be a long one."""
@@ -89,24 +94,41 @@ class Scaling:
 _LONGEST = 4 << 20
 
 
-def scaling_like(read: Scaled, name: str, dtype: str) -> Scaling:
-    """How an output `name` is stored in `dtype` as an input is."""
+def scaling_like(read: Scaled, name: str, shape: tuple[int, ...], dtype: str) -> Scaling:
+    """How an output `name` is stored in `dtype` as an input is, if need be of another shape."""
     stored = read.scales.dtype if read.scales.dtype in ("F32", "BF16", "F16") else "F32"
-    return Scaling(dtype, read.grid, name + read.suffix, stored, read.scales.shape)
+    grid, scale_shape = read.grid, read.scales.shape
+    if shape != read.shape:
+        *before, width = shape
+        height = before[-1] if before else 1
+        tall, wide = grid.block
+        if math.prod(scale_shape) == 1:
+            rows = math.prod(before)
+            grid = Grid(rows, width, (rows, width))
+        elif (tall, wide) == (1, grid.width):
+            grid = Grid(height, width, (1, width))
+            scale_shape = (*before, 1) if len(scale_shape) == len(read.shape) else tuple(before)
+        else:
+            grid = Grid(height, width, (height, width) if (tall, wide) == (grid.height, grid.width) else (tall, wide))
+            scale_shape = (*before[:-1], -(-height // grid.block[0]), grid.columns)
+    return Scaling(dtype, grid, name + read.suffix, stored, scale_shape)
+
+
+def is_usual(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether models in 8 bits have scales for such a weight: a matrix in a layer, but no router."""
+    return len(shape) == 2 and layer_of(name) is not None and name.endswith(".weight") and not _LEFT.search(name)
 
 
 def usual_scaling(name: str, shape: tuple[int, ...], dtype: str) -> Scaling | None:
-    """How a weight of a model that has no scales is stored in `dtype`; None for those that are not.
+    """How a weight of a model that has no scales is stored in `dtype`, as DeepSeek's are; None for those that are not.
 
-    Matrices in layers are, as of DeepSeek's models; routers, norms, embeddings and heads are not.
+    Of blocks that are not whole transformers 5.23 takes the size for another one.
     """
-    if len(shape) != 2 or min(shape) < _LEAST_SIDE or layer_of(name) is None or not name.endswith(".weight"):
+    if not is_usual(name, shape) or any(side % size for side, size in zip(shape, _USUAL_BLOCK, strict=True)):
         return None
-    if _LEFT.search(name) is not None:
-        return None
-    grid = Grid(*shape, _USUAL_BLOCK)
-    blocks = (-(-shape[0] // _USUAL_BLOCK[0]), grid.columns)
-    return Scaling(dtype, grid, name + _USUAL_SUFFIX, "F32", blocks)
+    height, width = shape
+    grid = Grid(height, width, _USUAL_BLOCK)
+    return Scaling(dtype, grid, name + _USUAL_SUFFIX, "F32", (height // _USUAL_BLOCK[0], grid.columns))
 
 
 class Found:
@@ -119,7 +141,7 @@ class Found:
         self.problems: list[str] = []
         scales: set[str] = set()
         for name, spec in tensors.items():
-            if spec.dtype not in _CODES:
+            if spec.dtype not in CODES:
                 continue
             beside = next((name + suffix for suffix in SUFFIXES if name + suffix in tensors), None)
             if beside is None:
@@ -160,11 +182,18 @@ def _grid(codes: TensorSpec, scales: TensorSpec, block: tuple[int, int] | None) 
         return Grid(height, width, (1, width))
     if len(before) > 1 and scales.elements * height == rows:
         return Grid(height, width, (height, width))
-    if len(scales.shape) < 2 or scales.shape[:-2] != tuple(before[:-1]):
+    found = fitting_block(codes.shape, scales.shape, block)
+    return None if found is None else Grid(height, width, found)
+
+
+def fitting_block(shape: tuple[int, ...], scale_shape: tuple[int, ...],
+                  told: tuple[int, int] | None) -> tuple[int, int] | None:  # fmt: skip
+    """The block of a matrix that each scale is for: what a configuration told, or the usual one, if it fits."""
+    if len(shape) < 2 or len(scale_shape) != len(shape) or scale_shape[:-2] != shape[:-2]:
         return None
-    for tall, wide in (*([block] if block else []), _USUAL_BLOCK):
-        if scales.shape[-2:] == (-(-height // tall), -(-width // wide)):
-            return Grid(height, width, (tall, wide))
+    for tall, wide in (*([told] if told else []), _USUAL_BLOCK):
+        if scale_shape[-2:] == (-(-shape[-2] // tall), -(-shape[-1] // wide)):
+            return tall, wide
     return None
 
 
@@ -198,7 +227,7 @@ def quantised_as(tensors: Mapping[str, TensorSpec]) -> tuple[str, str] | None:
     for name, spec in tensors.items():
         kind = DTYPES[spec.dtype].kind
         whole = kind == "exact" and spec.dtype != "BOOL"
-        small = kind == "quantised" and spec.dtype not in (*_CODES, "F8_E8M0")
+        small = kind == "quantised" and spec.dtype not in (*CODES, "F8_E8M0")
         if small or (whole and len(spec.shape) > 1 and name.endswith(".weight") and layer_of(name) is not None):
             return f"a way that is not known here: {name} is stored as {spec.dtype}", _ORIGINAL
     return None

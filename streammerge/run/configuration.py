@@ -16,9 +16,10 @@ from typing import Any, TypeVar
 from streammerge.base.dtypes import DTYPES, RECIPE_DTYPES
 from streammerge.plan.names import head_of, sense_of, stacks, vocabulary_of
 from streammerge.plan.plan import Plan
+from streammerge.plan.scaled import SUFFIXES, fitting_block
 from streammerge.plan.view import Model
 from streammerge.run.moe_config import make_moe_config
-from streammerge.storage.checkpoint import Checkpoint
+from streammerge.storage.checkpoint import Checkpoint, TensorSpec
 from streammerge.storage.jsonfile import dump_map, parse_map, read_bytes, read_map
 
 CONFIG_NAME, GENERATION_NAME = "config.json", "generation_config.json"
@@ -90,9 +91,13 @@ def scale_block_of(checkpoint: Checkpoint) -> tuple[int, int] | None:
     for group in groups.values() if isinstance(groups, dict) else ():
         weights = group.get("weights") if isinstance(group, dict) else None
         blocks.append(weights.get("block_structure") if isinstance(weights, dict) else None)
-    for block in blocks:
-        if isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block):
-            return block[0], block[1]
+    return next((block for each in blocks if (block := _block(each)) is not None), None)
+
+
+def _block(told: object) -> tuple[int, int] | None:
+    """Rows and columns, if that is what a configuration has there."""
+    if isinstance(told, list) and len(told) == 2 and all(type(size) is int and size > 0 for size in told):
+        return told[0], told[1]
     return None
 
 
@@ -324,19 +329,24 @@ def _at(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
 def _set_quantisation(plan: Plan, config: dict[str, Any]) -> bool:
     """Where the weights are in 8 bits with scales, or were: what the first such model says, or nothing any more."""
     before = _quantisation(config)
-    made = next((tensor.scaling for tensor in plan.tensors if tensor.scaling is not None), None)
-    copied = any(DTYPES[tensor.dtype].kind == "quantised" for tensor in plan.tensors)
-    if made is None and not copied:
+    codes = [tensor for tensor in plan.tensors if DTYPES[tensor.dtype].kind == "quantised"]
+    if not codes:
         for path in _maps(config):
             _at(config, path).pop(_QUANTISATION, None)
         return bool(before)
-    told = [_quantisation(_config_of(checkpoint)) for checkpoint in plan.checkpoints]
-    wanted = next((copy.deepcopy(each) for each in (before, *told) if each), None)
-    if wanted is None:
+    scales = {tensor.name: tensor.shape for tensor in plan.tensors}
+    scales |= {own.scale_name: own.scale_shape for tensor in codes if (own := tensor.scaling) is not None}
+    suffix = next((end for end in SUFFIXES if codes[0].name + end in scales), "")
+    wanted, tensors = _told(plan, suffix)
+    if not wanted:
         # As DeepSeek's models say it, and transformers reads it.
-        wanted = {"quant_method": "fp8", "fmt": "e5m2" if made and made.dtype == "F8_E5M2" else "e4m3",
-                  "activation_scheme": "dynamic", "weight_block_size": list(made.grid.block) if made else None,
-                  "modules_to_not_convert": _left_as_they_are(plan)}  # fmt: skip
+        wanted = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": None}
+    _set_left(plan, wanted, tensors)
+    if wanted.get("quant_method") == "fp8":
+        wanted["fmt"] = "e5m2" if codes[0].dtype == "F8_E5M2" else "e4m3"
+        told = _block(wanted.get("weight_block_size"))
+        found = fitting_block(codes[0].shape, scales.get(codes[0].name + suffix, ()), told)
+        wanted["weight_block_size"] = wanted.get("weight_block_size") if found in (None, told) else list(found)
     # Scales of activations, which were left out.
     if "activation_scheme" in wanted:
         wanted["activation_scheme"] = "dynamic"
@@ -353,10 +363,29 @@ def _set_quantisation(plan: Plan, config: dict[str, Any]) -> bool:
     return True
 
 
-def _left_as_they_are(plan: Plan) -> list[str]:
-    """Modules with a matrix that is not in 8 bits."""
+def _told(plan: Plan, suffix: str) -> tuple[dict[str, Any], Mapping[str, TensorSpec]]:
+    """What the first checkpoint says that stores weights as the output does, and its tensors; or nothing."""
+    for checkpoint in plan.checkpoints:
+        found = _quantisation(_config_of(checkpoint))
+        if found and any(name.endswith(suffix) for name in checkpoint.tensors):
+            return copy.deepcopy(found), checkpoint.tensors
+    return {}, {}
+
+
+def _set_left(plan: Plan, wanted: dict[str, Any], tensors: Mapping[str, TensorSpec]) -> None:
+    """Name the modules that are not in 8 bits, but for those that are not in the model of `tensors` that is told of."""
+    key = "ignore" if wanted.get("quant_method") == "compressed-tensors" else "modules_to_not_convert"
     matrices = [tensor for tensor in plan.tensors if len(tensor.shape) == 2 and tensor.name.endswith(".weight")]
-    return sorted(tensor.name.removesuffix(".weight") for tensor in matrices if tensor.scaling is None)
+    coded = {tensor.name for tensor in matrices if DTYPES[tensor.dtype].kind == "quantised"}
+    before = [each for each in wanted.get(key) or [] if isinstance(each, str)]
+    # Of modules that are in 8 bits now it is not true any more.
+    kept = [each for each in before if not any(name.startswith(f"{each}.") for name in coded)]
+    # What a name of several modules stood for is named one by one then.
+    known = {name for name, spec in tensors.items() if DTYPES[spec.dtype].kind == "float" and kept == before}
+    left = {tensor.name for tensor in matrices} - coded - known
+    added = sorted({name.removesuffix(".weight") for name in left} - set(kept))
+    if added or kept != before:
+        wanted[key] = [*kept, *added]
 
 
 def _set_dtype(plan: Plan, config: dict[str, Any]) -> bool:

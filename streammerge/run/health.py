@@ -14,6 +14,7 @@ from streammerge.base.dtypes import DTYPES
 from streammerge.base.errors import DoesNotFit, Stopped
 from streammerge.base.units import format_size
 from streammerge.kernels.dtypes import torch_dtype
+from streammerge.plan.scaled import CODES
 from streammerge.run.memory import memory_limit, usage
 from streammerge.storage.checkpoint import Checkpoint, TensorSpec
 from streammerge.storage.source import Source
@@ -75,6 +76,8 @@ def check_health(checkpoint: Checkpoint, *, max_memory: int | None, stopping: Ca
 
 
 def _values(spec: TensorSpec, view: memoryview) -> Tensor:
-    """A piece as floats; as bytes where it holds anything else."""
+    """A piece as floats, codes of 8 bits too; as bytes where it holds anything else."""
+    if spec.dtype in CODES:
+        return torch.frombuffer(view, dtype=torch_dtype(spec.dtype)).to(torch.float32)
     is_float = DTYPES[spec.dtype].kind == "float"
     return torch.frombuffer(view, dtype=torch_dtype(spec.dtype) if is_float else torch.uint8)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,6 +23,7 @@ from streammerge.kernels.scaling import Grid
 from streammerge.plan.scaled import Scaled, Scaling
 from streammerge.run.arena import Arena
 from streammerge.run.difference import compare
+from streammerge.run.health import check_health
 from streammerge.run.scaling import Scaler, read_scaled
 from streammerge.storage.source import Source
 from tests.models import make_models, make_tensors, read_tensors, save_model, write_recipe
@@ -389,6 +391,136 @@ def test_matrices_in_layers_get_scales_and_transformers_reads_them(tmp_path: Pat
         with torch.no_grad():
             logits.append(loaded.to(torch.float32)(tokens).logits)
     assert torch.equal(*logits)
+
+
+# One form in an output, and a configuration that is true.
+
+LAYERS = {f"model.layers.{i}.mlp.{part}_proj.weight": (256, 128) for i in range(2) for part in ("up", "gate")}
+TOLD = {
+    "blocks": {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+    "rows": {"quant_method": "compressed-tensors", "ignore": ["lm_head"]},
+}
+
+
+def save_form(path: Path, seed: int, kind: str | None) -> Path:
+    """A model of two layers and a head: the layers' matrices in 8 bits, or all of it in bfloat16."""
+    layers = make_tensors(seed, shapes=LAYERS, dtype=torch.float32)
+    rest = make_tensors(seed, shapes={"lm_head.weight": (256, 128), "model.norm.weight": (128,)})
+    config = {"num_hidden_layers": 2}
+    if kind is None:
+        save_model(path, {name: weight.bfloat16() for name, weight in layers.items()} | rest)
+        (path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], **config}))
+    else:
+        save_scaled(path, layers, FORMS[kind], config={**config, "quantization_config": TOLD[kind]}, more=rest)
+    return path
+
+
+def put_together(folder: Path, one: Path, two: Path, out_dtype: str = "float8_e4m3fn") -> Path:
+    """The first model's two layers, then the first layer of the other."""
+    slices = [{"sources": [{"model": str(one), "layer_range": [0, 2]}]},
+              {"sources": [{"model": str(two), "layer_range": [0, 1]}]}]  # fmt: skip
+    recipe = {"merge_method": "passthrough", "slices": slices, "out_dtype": out_dtype}
+    path = folder / "together.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+@pytest.mark.parametrize("form", ["blocks", "rows"])
+@pytest.mark.parametrize("other", [None, "blocks", "rows"])
+def test_layers_that_are_put_together_are_stored_in_one_way(tmp_path: Path, form: str, other: str | None) -> None:
+    one, two = save_form(tmp_path / "one", 1, form), save_form(tmp_path / "two", 2, other)
+    first = {name: tensor.float() for name, tensor in merge(put_together(tmp_path, one, two, "float32"),
+                                                            tmp_path / "wide").items()}  # fmt: skip
+    found = merge(put_together(tmp_path, one, two), tmp_path / "out")
+    for layer in range(3):
+        for part in ("up", "gate"):
+            name = f"model.layers.{layer}.mlp.{part}_proj.weight"
+            scales = found[name + FORMS[form].suffix]
+            assert found[name].dtype == torch.float8_e4m3fn
+            # Half a step of the largest code, 448, is 16.
+            error = (numbers(found[name], scales, FORMS[form]) - first[name].double()).abs().max()
+            assert error <= 16.01 * scales.max()
+    suffixes = {name.rpartition(".weight")[2] for name in found if "_scale" in name}
+    assert suffixes == {FORMS[form].suffix}
+    told = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert told == TOLD[form]
+
+
+def test_what_stays_in_more_bits_beside_a_model_in_eight_is_named(tmp_path: Path) -> None:
+    """A layer that a model in 8 bits itself leaves in more."""
+    one = save_form(tmp_path / "one", 1, "blocks")
+    partly = {}
+    for layer in range(2):
+        coded = {name: shape for name, shape in LAYERS.items() if f".{layer}." in name}
+        more = {name: shape for name, shape in LAYERS.items() if name not in coded}
+        told = TOLD["blocks"] | {"modules_to_not_convert": [f"model.layers.{1 - layer}.mlp"]}
+        partly[layer] = tmp_path / f"partly{layer}"
+        save_scaled(partly[layer], make_tensors(3, shapes=coded, dtype=torch.float32), FORMS["blocks"],
+                    config={"num_hidden_layers": 2, "quantization_config": told},
+                    more=make_tensors(3, shapes=more | {"lm_head.weight": (256, 128), "model.norm.weight": (128,)}),
+                    )  # fmt: skip
+
+    def named(recipe: Path, out: str) -> list[str] | None:
+        merge(recipe, tmp_path / out)
+        told = json.loads((tmp_path / out / "config.json").read_text())["quantization_config"]
+        names: list[str] | None = told.pop("modules_to_not_convert", None)
+        assert told == TOLD["blocks"]
+        return names
+
+    assert named(put_together(tmp_path, partly[0], one), "first") == ["model.layers.1.mlp"]
+    assert named(put_together(tmp_path, one, partly[0]), "none") is None
+    assert named(put_together(tmp_path, one, partly[1]), "last") == [
+        "model.layers.2.mlp.gate_proj", "model.layers.2.mlp.up_proj"
+    ]  # fmt: skip
+    # What a name said that is true of some no more is said of each.
+    assert named(put_together(tmp_path, partly[1], one), "each") == ["model.layers.0.mlp"]
+    mean = write_recipe(
+        tmp_path / "r.yaml", "linear", [partly[1], one], per_model={"weight": 1}, out_dtype="float8_e4m3fn"
+    )
+    assert named(mean, "mean") == ["lm_head"]
+
+
+def test_eight_bits_of_another_kind_are_told_of(tmp_path: Path) -> None:
+    one = save_form(tmp_path / "one", 1, "blocks")
+    recipe = write_recipe(tmp_path / "r.yaml", "passthrough", [one], out_dtype="float8_e5m2")
+    notes: list[str] = []
+    merge(recipe, tmp_path / "out", note=notes.append)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["fmt"] == "e5m2"
+    assert any("unless it is told to dequantize" in note for note in notes)
+    rows = save_form(tmp_path / "rows", 1, "rows")
+    refused = write_recipe(tmp_path / "x.yaml", "passthrough", [rows], out_dtype="float8_e5m2")
+    with pytest.raises(RecipeError, match="float8_e5m2 is none of compressed-tensors"):
+        streammerge.merge(refused, tmp_path / "x")
+
+
+def test_matrices_of_broken_blocks_stay_in_more_bits_and_that_is_said(tmp_path: Path) -> None:
+    shapes = {"model.layers.0.a.weight": (256, 128), "model.layers.0.b.weight": (192, 128)}
+    notes: list[str] = []
+    model = save_model(tmp_path / "m", make_tensors(1, shapes=shapes))
+    recipe = write_recipe(tmp_path / "r.yaml", "passthrough", [model], out_dtype="float8_e4m3fn")
+    found = merge(recipe, tmp_path / "out", note=notes.append)
+    assert found["model.layers.0.a.weight"].dtype == torch.float8_e4m3fn
+    assert found["model.layers.0.b.weight"].dtype == torch.bfloat16
+    assert any("1 matrices in layers are not stored in 8 bits" in note and "0.b.weight" in note for note in notes)
+
+
+def test_the_block_that_scales_are_for_is_told_of(tmp_path: Path) -> None:
+    one = save_form(tmp_path / "one", 1, "blocks")
+    config = json.loads((one / "config.json").read_text())
+    config["quantization_config"]["weight_block_size"] = [64, 64]
+    (one / "config.json").write_text(json.dumps(config))
+    merge(write_recipe(tmp_path / "r.yaml", "passthrough", [one], out_dtype="float8_e4m3fn"), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"] == TOLD["blocks"]
+
+
+def test_health_sees_codes_that_are_no_numbers(tmp_path: Path) -> None:
+    one = save_form(tmp_path / "one", 1, "blocks")
+    stored = load_file(one / "model.safetensors")
+    stored["model.layers.0.mlp.up_proj.weight"].view(torch.uint8)[0, 0] = 0x7F
+    save_file(stored, one / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = streammerge.inspect(one).checkpoint
+    found = check_health(checkpoint, max_memory=None, stopping=lambda: False, progress=lambda done, total: None)
+    assert found.nonfinite == {"model.layers.0.mlp.up_proj.weight": 1}
 
 
 # What is wrong.
