@@ -147,15 +147,20 @@ def work(
         options = make_options(max_memory, max_gpu_memory, device, "5GB", threads, compile_, 0, False, False)
         from streammerge import cluster_report
         from streammerge.cluster.rank import find_rank
-        from streammerge.cluster.slurm import requeue
+        from streammerge.cluster.slurm import requeue, task_to_requeue
         from streammerge.cluster.worker import work as run_work
 
         rank = find_rank(index, count)
         try:
             done = run_work(out, options, rank, Watcher(terminal), wait=wait)
         except Stopped as error:
-            again = "Slurm starts this worker again." if requeue() else "Any worker goes on with what is left."
-            raise Stopped(f"{str(error).split(':')[0]}. {again}") from None
+            stopped = f"{str(error).split(':')[0]}."
+            left = "Any worker goes on with what is left."
+            if (job := task_to_requeue()) is None:
+                raise Stopped(f"{stopped} {left}") from None
+            # Said before Slurm hears of it: it may be quicker than the end of this process.
+            terminal.note(f"{stopped} Slurm is asked to start this worker again.")
+            raise Stopped("Slurm starts this worker again." if requeue(job) else f"Slurm refuses. {left}") from None
         terminal.rows("work", cluster_report.worked_rows(done))
         terminal.event("done", vars(done))
 

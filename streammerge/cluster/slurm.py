@@ -124,8 +124,8 @@ def read_submission(out: Path) -> Submission | None:
     return submission
 
 
-def requeue(environment: Mapping[str, str] | None = None) -> bool:
-    """Put this array task back into the queue if Slurm would let it go on; whether it was done.
+def task_to_requeue(environment: Mapping[str, str] | None = None) -> str | None:
+    """The array task that this process is, if Slurm would let it go on; else None.
 
     Only while it is RUNNING: COMPLETING says that it is cancelled, requeued or preempted already, and a cancelled one
     that comes back is a nuisance. SLURM_JOB_ID would name the whole array for one of its tasks.
@@ -134,10 +134,14 @@ def requeue(environment: Mapping[str, str] | None = None) -> bool:
     array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
     restarts = environment.get("SLURM_RESTART_COUNT", "0")
     if not array or not task or not restarts.isdigit() or int(restarts) >= _MOST_RESTARTS:
-        return False
+        return None
     job = f"{array}_{task}"
-    if (state := _ask(["squeue", "-h", "-j", job, "-o", "%T"])) is None or state.strip() != "RUNNING":
-        return False
+    state = _ask(["squeue", "-h", "-j", job, "-o", "%T"])
+    return job if state is not None and state.strip() == "RUNNING" else None
+
+
+def requeue(job: str) -> bool:
+    """Put an array task back into the queue, which ends the processes it has; whether it was done."""
     return _ask(["scontrol", "requeue", job]) is not None
 
 

@@ -188,7 +188,7 @@ def test_preemption(site: Site, tmp_path: Path, partition: str) -> None:
     if partition == "graceful":
         # Both hear of it in time. Who is still RUNNING then puts itself back into the queue; the other is made up for.
         assert logs.count("Stopped by SIGUSR1") == 2
-        assert "Slurm starts this worker again" in logs
+        assert "Slurm is asked to start this worker again" in logs
     else:
         # SIGTERM comes together with the signal that the script asks for; Slurm has put them back itself.
         assert logs.count("Stopped by SIG") == logs.count("DUE TO PREEMPTION") == 2
@@ -235,7 +235,7 @@ def test_the_time_limit(site: Site, tmp_path: Path) -> None:
     site.assert_completes(out)
     log = (logs_of(out) / f"{array}_0.log").read_text()
     assert "Stopped by SIGUSR1" in log
-    assert "Slurm starts this worker again" in log
+    assert "Slurm is asked to start this worker again" in log
     # It is the same task, and not a later round's.
     assert len(list(logs_of(out).glob("*_0.log"))) == 1
 
