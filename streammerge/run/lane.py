@@ -180,7 +180,9 @@ class _Packed(NamedTuple):
 
     @classmethod
     def of(cls, result: Any) -> Any:
-        """Small tensors packed, anything else as it is."""
+        """Small tensors packed, also of a tuple; anything else as it is."""
+        if type(result) is tuple:
+            return tuple(map(cls.of, result))
         if not isinstance(result, Tensor) or not 0 < result.nbytes <= _SMALL_BYTES:
             return result
         return cls(result.numpy().tobytes(), result.dtype, result.shape)
@@ -188,6 +190,8 @@ class _Packed(NamedTuple):
     @staticmethod
     def unpacked(result: Any) -> Any:
         """What `of` was given."""
+        if type(result) is tuple:
+            return tuple(map(_Packed.unpacked, result))
         if not isinstance(result, _Packed):
             return result
         return torch.frombuffer(bytearray(result.content), dtype=result.dtype).view(result.shape)
