@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -270,6 +271,9 @@ def _ends_with(module: str, pattern: str) -> bool:
     if intricate or len(pattern) > _LONGEST_PATTERN:
         raise _Broken(f"the pattern {pattern!r} is too intricate to be matched safely")
     try:
-        return re.match(rf"(.*\.)?({pattern})$", module) is not None
+        with warnings.catch_warnings():
+            # Of what may mean something else in Python some day: [[a] is of sets in other languages.
+            warnings.simplefilter("ignore", FutureWarning)
+            return re.match(rf"(.*\.)?({pattern})$", module) is not None
     except (re.error, RecursionError, OverflowError) as error:
         raise _Broken(f"the pattern {pattern!r} is no regular expression ({error})") from None

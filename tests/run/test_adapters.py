@@ -411,6 +411,11 @@ def test_a_pattern_that_could_take_for_ever_is_an_error(broken: Broken, pattern:
     assert "the pattern" in broken.refusal()
 
 
+def test_a_pattern_that_python_wonders_about_is_no_warning(broken: Broken) -> None:
+    broken.config |= {"rank_pattern": {"[[q]": 4}, "use_dora": True}
+    assert "lacks its magnitude" in broken.refusal()
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
