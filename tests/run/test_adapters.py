@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -411,9 +412,14 @@ def test_a_pattern_that_could_take_for_ever_is_an_error(broken: Broken, pattern:
     assert "the pattern" in broken.refusal()
 
 
-def test_a_pattern_that_python_wonders_about_is_no_warning(broken: Broken) -> None:
-    broken.config |= {"rank_pattern": {"[[q]": 4}, "use_dora": True}
-    assert "lacks its magnitude" in broken.refusal()
+def test_a_pattern_that_python_wonders_about_is_no_warning(tmp_path: Path) -> None:
+    shapes = {"w.weight": (6, 4)}
+    base = save_model(tmp_path / "base", make_tensors(0, shapes=shapes))
+    lora = write_adapter(tmp_path / "lora", shapes, alpha_pattern={"[[q]": 8.5})
+    recipe = write_recipe(tmp_path / "r.yaml", "passthrough", [f"{base}+{lora}"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        streammerge.make_plan(recipe)
 
 
 @pytest.mark.parametrize(
