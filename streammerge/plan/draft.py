@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -318,7 +319,9 @@ class _Drafting:
             alike = self._like.get(name) or self._like.get(in_first_layer(name))
             # What models in 8 bits leave in more stays so; a layer of another model becomes as theirs are.
             if found is not None or (alike is not None and self._bare.issuperset(models)):
-                scaling = scaling_like(alike or next(iter(self._like.values())), name, shape, asked)
+                # The one with most scales: a matrix of one block looks like one with a scale for all of it.
+                alike = alike or max(self._like.values(), key=lambda each: math.prod(each.scales.shape))
+                scaling = scaling_like(alike, name, shape, asked)
         else:
             scaling = usual_scaling(name, shape, asked)
             if scaling is None and is_usual(name, shape):

@@ -19,8 +19,6 @@ from streammerge.storage.checkpoint import INDEX_NAME, Checkpoint, open_file
 from streammerge.storage.local import is_file
 from streammerge.storage.source import hash_range
 
-Progress = Callable[[float, float], None]
-
 _BUFFER = 8 << 20
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -35,7 +33,7 @@ class Verdict:
     problems: tuple[str, ...]
 
 
-def verify(out: Path, progress: Progress | None = None) -> Verdict:
+def verify(out: Path, progress: Callable[[float, float], None] | None = None) -> Verdict:
     """Check the output in `out`, reading from the disk. Raises InputError when it has no usable manifest.
 
     `progress` is told the bytes of shards that were read, and all there are.
@@ -88,8 +86,12 @@ def verify_inputs(checkpoints: Sequence[Checkpoint], note: Callable[[str], None]
         raise VerificationFailed("\n".join(problems))
 
 
-def _check_shards(out: Path, content: Mapping[str, Any], names: Sequence[str], progress: Progress | None = None
-                  ) -> tuple[int, int, list[str]]:  # fmt: skip
+def _check_shards(
+    out: Path,
+    content: Mapping[str, Any],
+    names: Sequence[str],
+    progress: Callable[[float, float], None] | None = None,
+) -> tuple[int, int, list[str]]:
     """Compare these shards of an output with its manifest: tensors, bytes, and what is wrong."""
     problems: list[str] = []
     every = len(names) == len(content["shards"])

@@ -30,7 +30,7 @@ SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Site:
-    """A merge whose every shard takes a worker about half a second, and what one machine makes of it."""
+    """A merge whose every shard takes a worker about a quarter of a second, and what one machine makes of it."""
 
     slurm: Slurm
     recipe: Path
@@ -61,7 +61,7 @@ class Site:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("slurm")
-    shapes = {f"model.layers.{i}.mlp.up_proj.weight": (300, 10240) for i in range(SHARDS)}
+    shapes = {f"model.layers.{i}.mlp.up_proj.weight": (150, 10240) for i in range(SHARDS)}
     base, *models = make_models(folder, shapes=shapes)
     recipe = write_recipe(folder / "recipe.yaml", "arcee_fusion", models[:1], base=base)
     with Slurm(folder / "daemons") as slurm:

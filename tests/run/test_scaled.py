@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -368,7 +369,6 @@ def test_comparing_sees_what_codes_stand_for(tmp_path: Path) -> None:
 
 
 def test_matrices_in_layers_get_scales_and_transformers_reads_them(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         hidden_size=256, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4, vocab_size=200
     )
@@ -478,6 +478,21 @@ def test_what_stays_in_more_bits_beside_a_model_in_eight_is_named(tmp_path: Path
         tmp_path / "r.yaml", "linear", [partly[1], one], per_model={"weight": 1}, out_dtype="float8_e4m3fn"
     )
     assert named(mean, "mean") == ["lm_head"]
+
+
+def test_a_matrix_of_one_block_says_nothing_of_others(tmp_path: Path) -> None:
+    """Its scale looks like one for a whole tensor. What only the other model has is stored in blocks all the same."""
+    shapes = {"model.layers.0.a_proj.weight": (128, 128), "model.layers.0.b_proj.weight": (256, 128)}
+    models = []
+    for seed, more in enumerate(({}, {"extra.weight": (256, 256)})):
+        models.append(tmp_path / f"m{seed}")
+        weights = make_tensors(seed, shapes=shapes | more, dtype=torch.float32)
+        save_scaled(models[-1], weights, FORMS["blocks"], config={"quantization_config": TOLD["blocks"]})
+    recipe = write_recipe(tmp_path / "r.yaml", "linear", models, per_model={"weight": 1}, out_dtype="float8_e4m3fn")
+    found = merge(recipe, tmp_path / "out")
+    assert found["extra.weight_scale_inv"].shape == (2, 2)
+    stored = load_file(models[1] / "model.safetensors")["extra.weight"]
+    assert torch.equal(found["extra.weight"].view(torch.uint8), stored.view(torch.uint8))
 
 
 def test_eight_bits_of_another_kind_are_told_of(tmp_path: Path) -> None:
