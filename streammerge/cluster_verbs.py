@@ -154,12 +154,12 @@ def work(
         try:
             done = run_work(out, options, rank, Watcher(terminal), wait=wait)
         except Stopped as error:
-            stopped = f"{str(error).split(':')[0]}."
+            # Said at every step: the next signal ends this process, and Slurm may be quicker than its last words.
+            terminal.note(f"{str(error).split(':')[0]}.")
             left = "Any worker goes on with what is left."
             if (job := task_to_requeue()) is None:
-                raise Stopped(f"{stopped} {left}") from None
-            # Said before Slurm hears of it: it may be quicker than the end of this process.
-            terminal.note(f"{stopped} Slurm is asked to start this worker again.")
+                raise Stopped(left) from None
+            terminal.note("Slurm is asked to start this worker again.")
             raise Stopped("Slurm starts this worker again." if requeue(job) else f"Slurm refuses. {left}") from None
         terminal.rows("work", cluster_report.worked_rows(done))
         terminal.event("done", vars(done))
