@@ -38,12 +38,16 @@ BYTES_TO_COMPILE = 1_200_000_000
 
 
 class Signature(NamedTuple):
-    """The types a program is used with: work dtype, stored dtypes of the inputs (base first), of the result or None."""
+    """The types a program is used with: work dtype, stored dtypes of the inputs (base first), of the result or None.
+
+    `width` is that of the rows, for a program that is compiled by width.
+    """
 
     work: torch.dtype
     inputs: tuple[torch.dtype, ...]
     has_base: bool
     out: torch.dtype | None
+    width: int | None = None
 
     @property
     def models(self) -> int:
@@ -79,6 +83,8 @@ class Cache:
         library = self._library(program, signature, threads)
         if library is None:
             return None
+        if signature.width is not None:
+            return _run_by_width(library, program, signature)
         if program.orders is None:
             return _run_by_rows(library, program, None, signature) if program.sees_no_rows else _run(library, program)
         order = self._library(program.orders, signature._replace(out=None), threads)
@@ -123,6 +129,22 @@ def _run(library: Library, program: Program) -> Run:
     def run(inputs: Sequence[Tensor], out: Tensor | None, starts: Tensor | None, keys: Tensor | None,
             arguments: Arguments) -> Tensor:  # fmt: skip
         return library(flatten(program, inputs, out, starts, keys, None, arguments))
+
+    return run
+
+
+def _run_by_width(library: Library, program: Program, signature: Signature) -> Run:
+    """A program that was compiled for full units of rows; one that is not full is run eagerly."""
+    full, rest = _run(library, program), eager(program, signature)
+    assert signature.width is not None
+    shape = (-1, BLOCK // signature.width, signature.width)
+
+    def run(inputs: Sequence[Tensor], out: Tensor | None, starts: Tensor | None, keys: Tensor | None,
+            arguments: Arguments) -> Tensor:  # fmt: skip
+        if len(inputs[0]) % shape[1]:
+            return rest(inputs, out, starts, keys, arguments)
+        units = [stored.view(shape) for stored in inputs]
+        return full(units, None if out is None else out.view(shape), starts, keys, arguments)
 
     return run
 
@@ -198,11 +220,17 @@ def compiler_missing() -> str | None:
     return None if shutil.which(os.environ.get("CXX", "g++")) else "there is no C++ compiler (g++, or CXX)"
 
 
-def can_be_compiled(program: Program, grain: Grain) -> bool:
-    """Whether a program is of blocks, or sees its rows beforehand and then a block at most."""
+def compiled_with(program: Program, signature: Signature, grain: Grain) -> Signature | None:
+    """The types that a program is compiled with for tensors that `grain` cuts; None if it cannot be.
+
+    It can if it is of blocks; by rows, if it needs none, or sees them beforehand, or is made for their width.
+    """
+    if program.by_width:
+        return signature._replace(width=grain.width) if grain.width is not None and grain.unit <= BLOCK else None
     if program.orders is not None or program.sees_no_rows:
-        return grain.width is None or grain.unit <= BLOCK
-    return grain.width is None and not any("any" in argument.shape for argument in program.arguments)
+        return signature if grain.width is None or grain.unit <= BLOCK else None
+    free = any("any" in argument.shape for argument in program.arguments)
+    return None if free or grain.width is not None else signature
 
 
 @cache

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.export import Dim
 
 from streammerge.kernels.compiled import Signature, flatten
 from streammerge.kernels.contract import BLOCK, WORDS, Program, evaluate
@@ -43,29 +44,39 @@ def _example_keys(program: Program, blocks: int, models: int) -> Tensor:
 
 
 def _example(program: Program, signature: Signature) -> list[Tensor]:
-    blocks = 2
-    sizes = [[signature.models if size == "K" else int(size) for size in a.shape] for a in program.arguments]
+    units, width = 2, signature.width
+    shape = (units, BLOCK) if width is None else (units, BLOCK // width, width)
+    sizes: dict[int | str, int] = {"K": signature.models, "any": 3}
+    shapes = [[sizes[size] if isinstance(size, str) else size for size in a.shape] for a in program.arguments]
     return flatten(
         program,
-        [torch.zeros(blocks, BLOCK, dtype=dtype) for dtype in signature.inputs],
-        None if signature.out is None else torch.zeros(blocks, BLOCK, dtype=signature.out),
-        torch.zeros(blocks, 1, dtype=torch.int64),
-        _example_keys(program, blocks, signature.models),
-        torch.zeros(blocks, signature.models, BLOCK, dtype=signature.work),
+        [torch.zeros(shape, dtype=dtype) for dtype in signature.inputs],
+        None if signature.out is None else torch.zeros(shape, dtype=signature.out),
+        torch.zeros(units, 1, dtype=torch.int64),
+        _example_keys(program, units, signature.models),
+        torch.zeros(units, signature.models, BLOCK, dtype=signature.work),
         {
             a.name: torch.zeros(s, dtype=a.dtype or signature.work)
-            for s, a in zip(sizes, program.arguments, strict=True)
+            for s, a in zip(shapes, program.arguments, strict=True)
         },
     )
+
+
+def _free(program: Program, tensors: int) -> tuple[dict[int, Dim] | None, ...]:
+    """Which sizes of the example's tensors are free: the number of units, and what depends on the tensor."""
+    units = {0: Dim("blocks", min=1, max=1 << 20)}
+    arguments = [
+        {i: Dim(argument.name, min=1) for i, size in enumerate(argument.shape) if size == "any"} or None
+        for argument in program.arguments
+    ]
+    return (*[units] * (tensors - len(arguments)), *arguments)
 
 
 def compile_program(program: Program, signature: Signature, package: Path) -> None:
     """Export, compile and save one program; `package` appears when it is complete."""
     flat = _example(program, signature)
-    blocks = torch.export.Dim("blocks", min=1, max=1 << 20)
-    tiles = len(flat) - len(program.arguments)
-    shapes = tuple({0: blocks} if i < tiles else None for i in range(len(flat)))
-    exported = torch.export.export(_Flat(program, signature), (tuple(flat),), dynamic_shapes=(shapes,))
+    free = _free(program, len(flat))
+    exported = torch.export.export(_Flat(program, signature), (tuple(flat),), dynamic_shapes=(free,))
     partial = package.with_name(f"{package.stem}.{os.getpid()}.pt2")
     torch._inductor.aoti_compile_and_package(exported, package_path=str(partial))
     partial.rename(package)

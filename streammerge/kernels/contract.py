@@ -57,7 +57,8 @@ def grain_of(shape: Sequence[int], *, by_rows: bool) -> Grain:
 class Tile(NamedTuple):
     """What a program sees. All of `base` and `models` have the work dtype and shape (blocks, BLOCK).
 
-    By rows, a tile is one unit: they have shape (rows, width), and what follows is of one block.
+    By rows, a tile is one unit: they have shape (rows, width), and what follows is of one block. A program by width
+    sees several, (units, rows, width).
 
     `starts` (blocks, 1) int64 is the index in the tensor of each block's first element; `keys` (blocks, models, 2)
     int32 are the keys of the random bits, or, when these come one after the other, (blocks, models, BLOCK) float32 are
@@ -81,7 +82,7 @@ class Tile(NamedTuple):
 class Argument:
     """One argument of a program: `shape` counts models as "K"; a `dtype` of None is the work dtype.
 
-    "any" is a size that the tensor decides: such programs are never compiled.
+    "any" is a size that the tensor decides: such programs are compiled only by width.
     """
 
     name: str
@@ -109,13 +110,16 @@ class Program:
     orders: Program | None = None
     # A program that is used by rows and does not look at them: compiled, it sees units as blocks filled up with zeros.
     sees_no_rows: bool = False
+    # For a program by rows: it is compiled for each width of rows, and sees units as (units, rows, width).
+    by_width: bool = False
     # Its keys are masks that were kept (KEPT).
     kept: bool = False
     # So many blocks are run at a time, when it is run eagerly by a thread of the processor.
     eager_blocks: int = 1
-    # What eager code costs per element and model on one thread; compiled takes about half a nanosecond. Decides only
-    # whether compiling pays.
+    # What it costs per element and model on one thread, eagerly and compiled: whether compiling pays, and what a plan
+    # says of the time.
     eager_ns: float = 2.0
+    compiled_ns: float = 0.5
 
     @property
     def label(self) -> str:
@@ -283,6 +287,8 @@ def evaluate(program: Program, work: torch.dtype, inputs: Sequence[Tensor], has_
     A merging program writes `out`, rounding once (to nearest, ties to even), and returns per block or row 0, or NaN
     when an input or the result is not finite. Others return their partial results.
     """
+    if program.by_width and inputs[0].dim() == 2:
+        inputs, out = [stored[None] for stored in inputs], None if out is None else out[None]
     values = [stored.to(work) for stored in inputs]
     tile = Tile(values[0] if has_base else None, values[has_base:], starts, keys, ordered)
     if program.orders is not None and ordered is None:

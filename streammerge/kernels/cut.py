@@ -81,37 +81,35 @@ Sizes = Callable[[Tile, Arguments], list[Tensor]]
 
 
 def _count(tile: Tile, arguments: Arguments, sizes: Sizes) -> Tensor:
-    """(blocks, columns, pivots): how many sizes of a block are >= each pivot.
-
-    By rows it is one block.
-    """
+    """(units, columns, pivots): how many sizes of a unit are >= each pivot."""
     pivots = arguments["pivots"]
     counts = []
     for column, size in enumerate(sizes(tile, arguments)):
-        flat = size if size.shape[-1] == BLOCK else size.reshape(1, -1)
-        counts.append(counted_at_least(flat, pivots[column]))
+        counts.append(counted_at_least(size.flatten(1), pivots[column]))
     return torch.stack(counts, 1)
 
 
 def _fetch(tile: Tile, arguments: Arguments, sizes: Sizes) -> Tensor:
-    """(blocks, columns, BLOCK)."""
-    found = [size if size.shape[-1] == BLOCK else size.reshape(1, -1) for size in sizes(tile, arguments)]
-    return torch.stack(found, 1)
+    """(units, columns, elements)."""
+    return torch.stack([size.flatten(1) for size in sizes(tile, arguments)], 1)
 
 
 @dataclass(frozen=True)
 class Quantity:
     """What is ranked: `sizes` gives columns of numbers >= 0, NaN as infinity, each in the shape of the tile.
 
-    `arguments` are what `sizes` needs, beside the pivots. `searches` is how many cuts of a column are wanted at a time:
-    each has eight pivots of its own.
+    They have the work dtype, or `dtype`. `arguments` are what `sizes` needs, beside the pivots. `searches` is how many
+    cuts of a column are wanted at a time: each has eight pivots of its own. `by_width`: the tensors are cut by rows.
     """
 
     sizes: Sizes
     columns: int | Literal["K"] = "K"
+    dtype: torch.dtype | None = None
     arguments: tuple[Argument, ...] = ()
     needs_starts: bool = False
+    by_width: bool = False
     eager_ns: float = 4
+    compiled_ns: float = 0.6
     searches: int = 1
 
     @property
@@ -122,15 +120,25 @@ class Quantity:
     def counting(self) -> Program:
         return Program(
             _count,
-            (Argument("pivots", (self.columns, self.pivots)), *self.arguments),
+            (Argument("pivots", (self.columns, self.pivots), self.dtype), *self.arguments),
             (("sizes", self.sizes),),
             needs_starts=self.needs_starts,
+            by_width=self.by_width,
             eager_ns=self.eager_ns,
+            compiled_ns=self.compiled_ns,
         )
 
     @property
     def fetching(self) -> Program:
-        return Program(_fetch, self.arguments, (("sizes", self.sizes),), needs_starts=self.needs_starts)
+        return Program(
+            _fetch,
+            self.arguments,
+            (("sizes", self.sizes),),
+            needs_starts=self.needs_starts,
+            by_width=self.by_width,
+            eager_ns=self.eager_ns,
+            compiled_ns=self.compiled_ns,
+        )
 
 
 MAGNITUDES = Quantity(magnitudes)
@@ -241,11 +249,16 @@ class _Ranking:
     quantity: Quantity
     arguments: Arguments
 
+    @property
+    def work(self) -> torch.dtype:
+        """The dtype of the sizes."""
+        return self.quantity.dtype or self.problem.work
+
     def cuts(self, wanted: Sequence[tuple[int, int]]) -> Looking[list[Cut]]:
         """The cut of every (column, k), k from 1 to the number of elements."""
         if not wanted:
             return []
-        n, unit, work = self.problem.elements, self.problem.grain.unit, self.problem.work
+        n, unit, work = self.problem.elements, self.problem.grain.unit, self.work
         sizes = np.full(self.problem.units, unit, np.int64)
         sizes[-1] -= self.problem.units * unit - n
         searches = [Search(column, k, sizes, work) for column, k in wanted]
@@ -277,7 +290,7 @@ class _Ranking:
         return keys_of(sizes[:, ::step].contiguous().numpy())
 
     def narrow_all(self, searches: Sequence[Search], sample: list[NDArray[np.int64]]) -> Looking[None]:
-        work = self.problem.work
+        work = self.work
         round_number = 0
         while open_searches := [search for search in searches if not search.settle(work)]:
             counting = [search for search in open_searches if search.units_to_fetch() is None]
@@ -291,19 +304,21 @@ class _Ranking:
 
     def _collect(self, searches: Sequence[Search]) -> Looking[None]:
         """Fetch what lies in the open intervals and pick the cuts."""
-        n, unit, work = self.problem.elements, self.problem.grain.unit, self.problem.work
+        n, unit, work = self.problem.elements, self.problem.grain.unit, self.work
         fetched = [(search, units) for search in searches if (units := search.units_to_fetch()) is not None]
         needed = np.unique(np.concatenate([units for _, units in fetched]))
         spans = tuple((number * unit, min(unit, n - number * unit)) for number in needed.tolist())
-        bounds = [(search.column, search.low, search.high) for search, _ in fetched]
+        bounds = [(search.column, float_of(search.low, work), float_of(search.high - 1, work)) for search, _ in fetched]
 
         def digest(sizes: Tensor, starts: Tensor) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
             found = []
-            index = np.arange(sizes.shape[-1])[None, :] + starts.numpy()
-            for column, low, high in bounds:
-                keys = keys_of(sizes[:, column].numpy())
-                inside = (keys >= low) & (keys < high) & (index < n)
-                found.append((keys[inside], index[inside]))
+            for column, least, most in bounds:
+                values = sizes[:, column].numpy()
+                # Floats are compared first: keys of everything would take most of the time.
+                unit_of, place = np.divmod(np.flatnonzero((values >= least) & (values <= most)), values.shape[1])
+                index = starts.numpy()[unit_of, 0] + place
+                inside = index < n
+                found.append((keys_of(values[unit_of, place])[inside], index[inside]))
             return found
 
         whole = len(spans) == self.problem.units

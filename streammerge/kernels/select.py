@@ -41,7 +41,8 @@ def counted(mask: Tensor) -> Tensor:
 def counted_at_least(sizes: Tensor, pivots: Tensor) -> Tensor:
     """How many of each row of `sizes` are >= each of `pivots`: (rows, pivots) float32."""
     if torch.compiler.is_compiling() or sizes.device.type != "cpu":
-        return torch.stack([counted(sizes >= pivot) for pivot in pivots], -1)
+        # In the dtype of the sizes: a mask of other lanes takes eight times as long.
+        return torch.stack([(sizes >= pivot).to(sizes.dtype).sum(-1) for pivot in pivots], -1).to(torch.float32)
     # torch takes 0.6 ns per element to compare and 0.2 to count, numpy 0.1 and 0.04.
     rows, bounds = sizes.numpy(), pivots.numpy()
     mask = np.empty(rows.shape[-1], dtype=bool)

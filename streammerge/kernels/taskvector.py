@@ -56,6 +56,8 @@ _RESCALE_BY = Param(
     "rescale_by", "to the sum of magnitudes (mass), or by 1/density", "mass", kind="text", choices=("mass", "density")
 )
 # Deltas whose sum of magnitudes is smaller are not rescaled, as in mergekit.
+# Ranks are drawn, looked up and sorted: per element and model, compiled.
+_RANKED_NS = 5.0
 _SMALLEST_MASS = 1e-7
 _SMALLEST_WEIGHT_SUM = 1e-8
 
@@ -221,6 +223,7 @@ def _merging(sparsifier: Sparsifier, election: bool, normalize: bool) -> Program
         sees_no_rows=sparsifier == "kept",
         kept=sparsifier == "kept",
         eager_ns=22 if election or sparsifier != "none" else 4,
+        compiled_ns=_RANKED_NS if sparsifier == "ranked" else 0.6,
     )
 
 
@@ -233,6 +236,7 @@ def _weighing(sparsifier: Sparsifier) -> Program:
         needs_keys=NEEDS[sparsifier].keys,
         orders=NEEDS[sparsifier].order,
         eager_ns=18,
+        compiled_ns=_RANKED_NS if sparsifier == "ranked" else 1.6,
     )
 
 
@@ -260,7 +264,12 @@ def _weigh_for_masks(tile: Tile, arguments: Arguments) -> Tensor:
 
 
 _WEIGHING_MASKS = Program(
-    _weigh_for_masks, NEEDS["ranked"].arguments, needs_keys=True, orders=NEEDS["ranked"].order, eager_ns=22
+    _weigh_for_masks,
+    NEEDS["ranked"].arguments,
+    needs_keys=True,
+    orders=NEEDS["ranked"].order,
+    eager_ns=22,
+    compiled_ns=_RANKED_NS,
 )
 
 

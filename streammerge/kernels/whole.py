@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from streammerge.kernels.chance import block_keys
-from streammerge.kernels.compiled import Run, Signature, can_be_compiled, eager
+from streammerge.kernels.compiled import Run, Signature, compiled_with, eager
 from streammerge.kernels.contract import BLOCK, Grain, Look, Method, Problem, Program, Settings, grain_of
 
 Finder = Callable[[Program, Signature], Run | None]
@@ -109,8 +109,10 @@ class _Runner:
         return out.view(-1)[: self._elements]
 
     def _run(self, program: Program, signature: Signature) -> tuple[Run, int]:
-        compilable = self._width == BLOCK and can_be_compiled(program, self._grain)
-        compiled = self._find(program, signature) if compilable else None
+        wanted = compiled_with(program, signature, self._grain)
+        if self._width != BLOCK and not program.by_width:
+            wanted = None
+        compiled = None if wanted is None else self._find(program, wanted)
         if compiled is not None:
             return compiled, _COMPILED_PIECE
         return eager(program, signature), max(_EAGER_PIECE, program.eager_blocks)

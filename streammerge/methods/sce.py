@@ -101,7 +101,8 @@ def _program(settings: Settings) -> Program:
 
 def _weighing(settings: Settings) -> Program:
     cut = _CUT if _selects(settings) else ()
-    return Program(squares, cut, (("selects", _selects(settings)),), needs_starts=_selects(settings), eager_ns=20)
+    return Program(squares, cut, (("selects", _selects(settings)),), needs_starts=_selects(settings), eager_ns=20,
+                   compiled_ns=4.5)  # fmt: skip
 
 
 # One cut, for all models.

@@ -31,7 +31,7 @@ class Area:
         self.tensor, self.bytes = tensor, data
         self.itemsize = tensor.element_size()
         self._pieces: dict[int, list[Tensor]] = {}
-        self._rows: dict[tuple[Grain, int], list[Tensor]] = {}
+        self._rows: dict[tuple[Grain, int, int], list[Tensor]] = {}
 
     def pieces(self, size: int) -> list[Tensor]:
         """The tensor in pieces of at most `size` blocks."""
@@ -39,15 +39,17 @@ class Area:
             self._pieces[size] = [self.tensor[first : first + size] for first in range(0, len(self.tensor), size)]
         return self._pieces[size]
 
-    def rows(self, grain: Grain, elements: int) -> list[Tensor]:
-        """The first `elements`, one piece per unit of whole rows."""
-        assert grain.width is not None
-        if (grain, elements) not in self._rows:
-            flat, unit = self.tensor.view(-1), grain.unit
-            self._rows[grain, elements] = [
-                flat[start : min(start + unit, elements)].view(-1, grain.width) for start in range(0, elements, unit)
-            ]
-        return self._rows[grain, elements]
+    def rows(self, grain: Grain, elements: int, units: int = 1) -> list[Tensor]:
+        """The first `elements`, in pieces of so many units of whole rows; a unit that is not full is a piece."""
+        key = (grain, elements, units)
+        if key not in self._rows:
+            flat, step, full = self.tensor.view(-1), units * grain.unit, elements - elements % grain.unit
+            spans = [(start, min(start + step, full)) for start in range(0, full, step)]
+            if full < elements:
+                spans.append((full, elements))
+            assert grain.width is not None
+            self._rows[key] = [flat[start:stop].view(-1, grain.width) for start, stop in spans]
+        return self._rows[key]
 
     def zero_from(self, elements: int) -> None:
         """Fill with zeros from `elements` on to the end of that block."""

@@ -13,7 +13,7 @@ from streammerge.kernels.compiled import (
     SECONDS_TO_COMPILE,
     Cache,
     Signature,
-    can_be_compiled,
+    compiled_with,
     compiler_missing,
     default_cache,
 )
@@ -23,8 +23,8 @@ from streammerge.plan.budget import Schedule, keeps
 from streammerge.plan.tensor import Step, TensorPlan
 
 Compile = Literal["auto", "on", "off"]
-# Per element and model on one thread, where eager code takes what the program says (docs/design.md has a table).
-_COMPILED_NS = 0.5
+# Programs and the types they are compiled with, None for those that never are: the elements times models that they see.
+Uses = Mapping[tuple[Program, Signature | None], int]
 _SLOWER = "running uncompiled, which is slower and gives the same bits"
 
 
@@ -58,24 +58,33 @@ def consider(tensors: Sequence[TensorPlan], schedule: Schedule, mode: Compile, *
     return weigh(programs_of(tensors, schedule), schedule.threads, schedule.limit_bytes, "off" if on_gpu else mode)
 
 
-def weigh(wanted: Mapping[tuple[Program, Signature], int], threads: int, limit_bytes: int, mode: Compile) -> Compiling:
+def weigh(wanted: Uses, threads: int, limit_bytes: int, mode: Compile) -> Compiling:
     """The same for programs with the elements times models that each sees."""
-    eager = sum(count * program.eager_ns for (program, _), count in wanted.items()) * 1e-9 / threads
+    eager = {pair: count * pair[0].eager_ns * 1e-9 / threads for pair, count in wanted.items()}
     if mode == "off":
-        return Compiling(None, (), None, eager)
+        return Compiling(None, (), None, sum(eager.values()))
     cache = default_cache()
-    missing = tuple(pair for pair in wanted if not cache.package(*pair).exists())
-    saved = sum(wanted[pair] * (pair[0].eager_ns - _COMPILED_NS) for pair in missing) * 1e-9 / threads
-    compiled = sum(wanted.values()) * _COMPILED_NS * 1e-9 / threads
-    cost = len(missing) * SECONDS_TO_COMPILE
+    saved, absent = {}, []
+    for (program, signature), count in wanted.items():
+        if signature is not None:
+            pair = program, signature
+            saved[pair] = count * (program.eager_ns - program.compiled_ns) * 1e-9 / threads
+            if not cache.package(*pair).exists():
+                absent.append(pair)
+    now = sum(eager.values()) - sum(seconds for pair, seconds in saved.items() if pair not in absent)
+    missing = absent
+    if mode == "auto":
+        # Of rows of one width there may be few; other programs are used together.
+        missing = [pair for pair in absent if not pair[0].by_width or saved[pair] >= SECONDS_TO_COMPILE]
     if not missing:
-        return Compiling(cache, (), None, compiled)
+        return Compiling(cache, (), None, now)
+    gain, cost = sum(saved[pair] for pair in missing), len(missing) * SECONDS_TO_COMPILE
     reason = _cannot(limit_bytes)
-    if mode == "auto" and (saved < cost or reason is not None):
-        return Compiling(cache, (), None, compiled + saved)
+    if mode == "auto" and (gain < cost or reason is not None):
+        return Compiling(cache, (), None, now)
     if reason is not None:
-        return Compiling(cache, (), f"--compile on: {reason}; {_SLOWER}", compiled + saved)
-    return Compiling(cache, missing, None, compiled + cost)
+        return Compiling(cache, (), f"--compile on: {reason}; {_SLOWER}", now)
+    return Compiling(cache, tuple(missing), None, now - gain + cost)
 
 
 def _cannot(limit_bytes: int) -> str | None:
@@ -85,18 +94,15 @@ def _cannot(limit_bytes: int) -> str | None:
     return compiler_missing()
 
 
-def programs_of(
-    tensors: Sequence[TensorPlan], schedule: Schedule | None = None
-) -> dict[tuple[Program, Signature], int]:
-    """The programs of these tensors that can be compiled, with the elements times models that each sees in all.
+def programs_of(tensors: Sequence[TensorPlan], schedule: Schedule | None = None) -> Uses:
+    """The programs of these tensors, with the elements times models that each sees in all.
 
     Those are of whole blocks: so many small tensors are worth a compiler.
     """
-    counts: dict[tuple[Program, Signature], int] = {}
+    counts: dict[tuple[Program, Signature | None], int] = {}
     for tensor in tensors:
         for step in tensor.steps:
-            if step.settings.sequential is not None:
-                continue
+            draws_in_turn = step.settings.sequential is not None
             method, look = step.method, signature_of(tensor, step)
             merging, looks = method.program(step.settings), method.looks(step.settings)
             if schedule is not None and step.kept_bytes(tensor.shape) and keeps(tensor, schedule):
@@ -106,12 +112,14 @@ def programs_of(
             if DTYPES[step.dtype].bits > 8:
                 used.append((merging, look._replace(out=torch_dtype(step.dtype))))
             grain = step.grain(tensor.shape)
-            for pair in used:
-                if not can_be_compiled(pair[0], grain):
-                    continue
-                orders = pair[0].orders
-                for each in (pair,) if orders is None else (pair, (orders, look)):
-                    counts[each] = counts.get(each, 0) + -(-tensor.elements // BLOCK) * BLOCK * look.models
+            for program, signature in used:
+                wanted = None if draws_in_turn else compiled_with(program, signature, grain)
+                orders = program.orders
+                each = [(program, wanted)]
+                if orders is not None:
+                    each.append((orders, None if wanted is None else look))
+                for pair in each:
+                    counts[pair] = counts.get(pair, 0) + -(-tensor.elements // BLOCK) * BLOCK * look.models
     return counts
 
 

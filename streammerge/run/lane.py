@@ -19,13 +19,15 @@ import torch
 from torch import Tensor
 
 from streammerge.base.dtypes import DTYPES
-from streammerge.kernels.compiled import Run, Signature, can_be_compiled, eager
+from streammerge.kernels.compiled import Run, Signature, compiled_with, eager
 from streammerge.kernels.contract import Arguments, Grain, Look, Program
 from streammerge.run.arena import Area
 from streammerge.run.profile import Spent
 
 # Blocks that stay in the caches: eager code makes many temporaries, compiled code few.
 _COMPILED_PIECE = 32
+# Of rows: what is summed over them needs temporaries then, too.
+_COMPILED_UNITS = 4
 # Python's own memory takes objects of up to 512 bytes.
 _SMALL_BYTES = 448
 
@@ -158,12 +160,16 @@ class CpuLane:
         self._pool.shutdown(cancel_futures=True)
 
     def _run(self, program: Program, signature: Signature, grain: Grain) -> tuple[Run, int]:
-        key = (program, signature, can_be_compiled(program, grain))
+        wanted = compiled_with(program, signature, grain)
+        key = (program, wanted or signature, wanted is not None)
         if key not in self._runs:
-            compiled = self._find(program, signature) if can_be_compiled(program, grain) else None
-            self._runs[key] = (
-                (eager(program, signature), program.eager_blocks) if compiled is None else (compiled, _COMPILED_PIECE)
-            )
+            compiled = None if wanted is None else self._find(program, wanted)
+            if compiled is None:
+                self._runs[key] = (eager(program, signature), program.eager_blocks if grain.width is None else 1)
+            elif program.by_width:
+                self._runs[key] = (compiled, _COMPILED_UNITS)
+            else:
+                self._runs[key] = (compiled, _COMPILED_PIECE if grain.width is None else 1)
         return self._runs[key]
 
 
@@ -198,19 +204,20 @@ class _Packed(NamedTuple):
 
 
 class _Pieces:
-    """A stretch and its output, cut into pieces of `size` blocks, or by rows into units."""
+    """A stretch and its output, cut into pieces of `size` units."""
 
     def __init__(self, size: int, stretch: Stretch, out: Area | None) -> None:
         grain = stretch.grain
 
         def cut(area: Area) -> list[Tensor]:
-            return area.pieces(size) if grain.width is None else area.rows(grain, stretch.elements)
+            return area.pieces(size) if grain.width is None else area.rows(grain, stretch.elements, size)
 
-        rows = size if grain.width is None else 1
+        # By rows a unit that is not full is a piece of its own.
+        full = grain.units(stretch.elements) if grain.width is None else stretch.elements // grain.unit
         self._inputs = [cut(area) for area in stretch.inputs]
         self._out = None if out is None else cut(out)
-        self.starts = None if stretch.starts is None else _cut(stretch.starts, rows)
-        self._keys = None if stretch.keys is None else _cut(stretch.keys, rows)
+        self.starts = None if stretch.starts is None else _cut(stretch.starts, size, full)
+        self._keys = None if stretch.keys is None else _cut(stretch.keys, size, full)
 
     def __len__(self) -> int:
         return len(self._inputs[0])
@@ -224,5 +231,7 @@ class _Pieces:
         )
 
 
-def _cut(tensor: Tensor, size: int) -> list[Tensor]:
-    return [tensor[first : first + size] for first in range(0, len(tensor), size)]
+def _cut(tensor: Tensor, size: int, full: int) -> list[Tensor]:
+    """The first `full` rows in pieces of `size`, and the rest."""
+    pieces = [tensor[first : min(first + size, full)] for first in range(0, full, size)]
+    return pieces if full == len(tensor) else [*pieces, tensor[full:]]

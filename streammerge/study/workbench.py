@@ -143,7 +143,7 @@ def _tokenizer(directory: Path) -> Any:
 def _finder(plans: Sequence[Plan], versions: int, options: StudyOptions, limit: int,
             note: Callable[[str], None]) -> Finder:  # fmt: skip
     """Compiled programs, where they are or are worth making."""
-    wanted: dict[tuple[Program, Signature], int] = {}
+    wanted: dict[tuple[Program, Signature | None], int] = {}
     for plan in plans:
         for pair, count in programs_of(plan.tensors).items():
             wanted[pair] = wanted.get(pair, 0) + count * versions

@@ -225,6 +225,6 @@ def test_order_statistics_are_those_of_a_sort(shape: tuple[int, ...], by_rows: b
     problem = Problem(n, 1, Settings({}, {}), torch.float32, grain)
     ranks = [0, (n - 1) // 4, (n - 1) // 2, 3 * (n - 1) // 4, n - 1]
     memory = Memory([torch.zeros(shape), values], grain=grain)
-    found = memory.solve(order_statistics(problem, replace(MAGNITUDES, searches=len(ranks)), ranks))
+    found = memory.solve(order_statistics(problem, replace(MAGNITUDES, searches=len(ranks), by_width=by_rows), ranks))
     assert found == values.abs().reshape(-1).sort().values[ranks].tolist()
     assert memory.full_looks <= 4

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from streammerge.kernels.contract import Problem, Settings, Tile, grain_of
 from streammerge.methods import METHODS
+from streammerge.methods.arcee_fusion import ARCEE_FUSION, divergence, wide_divergence
+from tests.kernels.looking import Memory
 from tests.methods.cases import Case, make, merge
 
 
@@ -341,6 +345,38 @@ def test_arcee_fusion_takes_over_what_is_far_above_the_median(tmp_path: Path) ->
     assert found == [0.0] * 12
     (tmp_path / "far").mkdir()
     assert merged(tmp_path / "far", "arcee_fusion", [0.0] * 12, [*map(float, range(11)), 14.0]) == [0.0] * 11 + [14.0]
+
+
+def test_arcee_fusion_of_wide_rows_is_that_of_others() -> None:
+    """Where both ways to a divergence can be taken they agree; a row is wide for its deltas, or for its base."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(1, 40, 300, generator=generator) * torch.logspace(-3, 0, 40)[None, :, None]
+    model = base + torch.randn(1, 40, 300, generator=generator) * torch.logspace(-5, -2, 40).flip(0)[None, :, None]
+    base[0, 0, 0], model[0, 1, 7], base[0, 2, 3], model[0, 3, 3] = -9.0, 1.0, float("nan"), float("inf")
+    tile = Tile(base, [model], None, None)
+    found, wide = divergence(tile, {})[0], wide_divergence(tile, {})[0]
+    assert found.isnan().nonzero()[:, 0].tolist() == [0, 1, 2, 3]
+    assert found[4:].tolist() == pytest.approx(wide[4:].tolist(), rel=1e-10, abs=0)
+    assert wide.isnan().nonzero()[:, 0].tolist() == [2, 3]
+    p, q = (torch.softmax(x[0, :2].to(torch.float64), -1) + 1e-8 for x in (model, base))
+    assert wide[:2].tolist() == pytest.approx((p * (p / q).log()).sum(-1).tolist(), rel=1e-6)
+
+
+@pytest.mark.parametrize("wide", [[], [7], [0, 99, 640], range(641)])
+def test_arcee_fusion_finds_wide_rows_wherever_they_are(wide: Sequence[int]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    base = torch.randn(641, 1000, generator=generator) * 0.02
+    model = base + torch.randn(641, 1000, generator=generator) * 0.002
+    for row in wide:
+        model[row, row % 1000] += 0.5
+    grain = grain_of(base.shape, by_rows=True)
+    memory = Memory([base, model], grain=grain)
+    problem = Problem(base.numel(), 1, Settings({}, {}), torch.float32, grain)
+    found = memory.solve(ARCEE_FUSION.measure(problem))["divergence"]
+    tile = Tile(base[None], [model[None]], None, None)
+    expected = torch.where(torch.isin(torch.arange(641), torch.tensor([*wide])), wide_divergence(tile, {})[0],
+                           divergence(tile, {})[0])  # fmt: skip
+    assert torch.equal(found, expected.to(torch.float32))
 
 
 @pytest.mark.parametrize(("dtype", "bit"), [("bfloat16", 8), ("float16", 11)])

@@ -1,7 +1,7 @@
 """Compiled programs give the bits of eager ones: every look, every argument measured from it, every merged element.
 
 The packages are kept in the user's cache, where merges keep theirs, so only the first run after a change of the
-kernels waits for the compiler (some eight seconds a program). In bfloat16, with sparse deltas, every time; every dtype
+kernels waits for the compiler (some ten seconds a program). In bfloat16, with sparse deltas, every time; every dtype
 and every parameter in scripts/nightly.
 """
 
@@ -186,17 +186,11 @@ def test_a_compiled_merge_writes_the_file_of_an_eager_one(
     assert (tmp_path / "compiled" / file).read_bytes() == (tmp_path / "eager" / file).read_bytes()
 
 
-BY_ROWS = [name for name, method in FORMS.items() if method.program(suite_work(name).settings).orders is not None]
-
-
-@pytest.mark.parametrize("name", BY_ROWS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_programs_that_see_rows_beforehand_write_the_file_of_eager_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype
+def assert_same_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, shapes: Sequence[tuple[int, ...]]
 ) -> None:
-    """Rows that fill blocks, rows that do not, one row longer than a block, and a vector."""
+    """Merge tensors of these shapes compiled and eagerly; programs must have been found."""
     method = FORMS[name]
-    shapes = [(64, 2048), (300, 700), (3, 70_000), (5,), (1,)]
     cases = [
         make_case(method, str(shape), shape, seed=i, dtypes=(dtype,), **profiles(method)["usual"])
         for i, shape in enumerate(shapes)
@@ -216,6 +210,37 @@ def test_programs_that_see_rows_beforehand_write_the_file_of_eager_ones(
     merge(made, tmp_path / "eager")
     file = "model.safetensors"
     assert (tmp_path / "compiled" / file).read_bytes() == (tmp_path / "eager" / file).read_bytes()
+
+
+BY_ROWS = [name for name, method in FORMS.items() if method.program(suite_work(name).settings).orders is not None]
+BY_WIDTH = [name for name, method in FORMS.items() if method.program(suite_work(name).settings).by_width]
+
+
+@pytest.mark.parametrize("name", BY_ROWS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_programs_that_see_rows_beforehand_write_the_file_of_eager_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype
+) -> None:
+    """Rows that fill blocks, rows that do not, one row longer than a block, and a vector."""
+    assert_same_file(tmp_path, monkeypatch, name, dtype, [(64, 2048), (300, 700), (3, 70_000), (5,), (1,)])
+
+
+@pytest.mark.parametrize("name", BY_WIDTH)
+def test_programs_of_a_width_write_the_file_of_eager_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Several full units and one that is not, one that is full, a vector, and a row longer than a block."""
+    shapes = [(600, 700), (93, 700), (700,), (2, 70_000)]
+    assert_same_file(tmp_path, monkeypatch, name, torch.bfloat16, shapes)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", BY_WIDTH)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_programs_of_any_width_and_dtype_write_the_file_of_eager_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype
+) -> None:
+    assert_same_file(tmp_path, monkeypatch, name, dtype, [(100, 2048), (40, 5632), (70_000, 1), (3, 65_536)])
 
 
 # --- every night -----------------------------------------------------------------------------------------------------
