@@ -16,6 +16,7 @@ import typer
 
 from streammerge import __version__, cluster_verbs
 from streammerge.base.errors import Stopped, UserError, VerificationFailed
+from streammerge.base.processor import choose_numpy_code
 from streammerge.base.units import parse_size
 from streammerge.command import (
     Compile,
@@ -567,6 +568,7 @@ def main() -> None:
     gc.set_threshold(50_000, 20, 50)
     # Threads need a fraction of the usual 8 MB, all of which count where `ulimit -d` is set.
     threading.stack_size(2 << 20)
+    choose_numpy_code()
     arguments = sys.argv[1:]
     verbs = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
     # `streammerge RECIPE OUT`: the verb is left out. Flags may come first.

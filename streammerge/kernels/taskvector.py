@@ -247,7 +247,8 @@ def _weigh(tile: Tile, arguments: Arguments, sparsifier: Sparsifier) -> Tensor:
         # A unit of rows is one block.
         assert tile.keys is not None
         values = [value.reshape(tile.keys.shape[0], -1) for value in values]
-    return torch.stack([block_sum(value.abs()) for value in values], -1)
+    # As one tensor that is there before it is summed: a compiled sum would ask for every slice of it anew.
+    return block_sum(torch.stack(values, 1).abs())
 
 
 def _weigh_for_masks(tile: Tile, arguments: Arguments) -> Tensor:
