@@ -168,7 +168,10 @@ class Terminal:
             task = bar.add_task("merging", total=total, memory="")
             while True:
                 read, written, held = status()
-                bar.update(task, completed=read + written, memory=f"{format_size(held)} of {format_size(allowed)}")
+                done = read + written
+                # A method may look more often than the plan thought.
+                bar.update(task, completed=done, total=max(total, done),
+                           memory=f"{format_size(held)} of {format_size(allowed)}")  # fmt: skip
                 if stop.wait(0.1):
                     return
 
@@ -179,6 +182,7 @@ class Terminal:
         while not stop.wait(_LINE_SECONDS):
             read, written, held = status()
             done, seconds = read + written, time.monotonic() - began
+            total = max(total, done)
             left = (total - done) * seconds / done if done else 0.0
             self._err.print(
                 f"{100 * done / max(total, 1):.0f} %  {format_size(done)} of {format_size(total)}  "
@@ -192,6 +196,7 @@ class Terminal:
         began = time.monotonic()
         while not stop.wait(1.0):
             read, written, held = status()
+            total = max(total, read + written)
             self.event(
                 "progress",
                 {"bytes_read": read, "bytes_written": written, "bytes_total": total, "memory_bytes": held,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import MutableMapping
 from pathlib import Path
 
 _CPUINFO = Path("/proc/cpuinfo")
@@ -11,7 +10,7 @@ _CPUINFO = Path("/proc/cpuinfo")
 _AVX512 = "X86_V4 AVX512_SKX"
 
 
-def choose_numpy_code(environment: MutableMapping[str, str] = os.environ) -> None:
+def choose_numpy_code() -> None:
     """Let numpy, if it is not imported yet, do without AVX-512 on Zen 4, unless it was told something already.
 
     There, storing the lanes that a mask selects is microcode, of which numpy's sort is made: 8.0 ns per float32 where
@@ -22,7 +21,7 @@ def choose_numpy_code(environment: MutableMapping[str, str] = os.environ) -> Non
     except OSError:
         return
     if is_zen4(text):
-        environment.setdefault("NPY_DISABLE_CPU_FEATURES", _AVX512)
+        os.environ.setdefault("NPY_DISABLE_CPU_FEATURES", _AVX512)
 
 
 def is_zen4(cpuinfo: str) -> bool:

@@ -285,7 +285,8 @@ def evaluate(program: Program, work: torch.dtype, inputs: Sequence[Tensor], has_
     """Run a program on stored inputs of any float dtype, each in the shape of the tile; base first if `has_base`.
 
     A merging program writes `out`, rounding once (to nearest, ties to even), and returns per block or row 0, or NaN
-    when an input or the result is not finite. Others return their partial results.
+    when an input or the result is not finite. Others return their partial results. By width, tensors of two dimensions
+    are one unit.
     """
     if program.by_width and inputs[0].dim() == 2:
         inputs, out = [stored[None] for stored in inputs], None if out is None else out[None]

@@ -1,6 +1,7 @@
 """Exponentials and logarithms near 0, from additions, multiplications and divisions only.
 
-A library's exp differs in its last bit from one processor to the next, and from eager code to compiled; these do not.
+A library's exp may differ in its last bit from one processor to the next, and from eager code to compiled; these do
+not.
 All take and give float64.
 """
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from streammerge.kernels.contract import Problem, Settings, Tile, grain_of
+from streammerge.kernels.whole import merge_whole, padded
 from streammerge.methods import METHODS
 from streammerge.methods.arcee_fusion import ARCEE_FUSION, divergence, wide_divergence
 from tests.kernels.looking import Memory
@@ -377,6 +378,28 @@ def test_arcee_fusion_finds_wide_rows_wherever_they_are(wide: Sequence[int]) -> 
     expected = torch.where(torch.isin(torch.arange(641), torch.tensor([*wide])), wide_divergence(tile, {})[0],
                            divergence(tile, {})[0])  # fmt: skip
     assert torch.equal(found, expected.to(torch.float32))
+
+
+def test_arcee_fusion_reads_wide_rows_again_from_files_and_from_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(2)
+    base = torch.randn(1300, 1000, generator=generator) * 0.02
+    model = base + torch.randn(1300, 1000, generator=generator) * 0.002
+    model[[3, 640, 1299], [5, 6, 7]] += 0.5
+    made = make(tmp_path, ARCEE_FUSION, [Case("wide", base, (model,))])
+    inputs = [padded(values.reshape(-1)) for values in (base, model)]
+    expected = merge_whole(ARCEE_FUSION, Settings({}, {}), inputs, base.shape, has_base=True, work=torch.float32,
+                           out=torch.float32, stream_keys=(), find=lambda program, signature: None)  # fmt: skip
+    for kept in (True, False):
+        if not kept:
+            monkeypatch.setattr("streammerge.plan.budget._TILE_BLOCKS", 1)
+            monkeypatch.setattr("streammerge.plan.budget._SLOTS", 3)
+            monkeypatch.setattr("streammerge.plan.budget._DEFAULT_ARENA", 0)
+        _, tensors = merge(made, tmp_path / f"out {kept}", threads=2)
+        (tensor,) = tensors.values()
+        assert torch.equal(tensor.reshape(-1), expected)
+    assert 0 < int((tensor != base).sum()) < base.numel()
 
 
 @pytest.mark.parametrize(("dtype", "bit"), [("bfloat16", 8), ("float16", 11)])
