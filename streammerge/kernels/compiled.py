@@ -95,7 +95,7 @@ class Cache:
         if not package.exists():
             return None
         try:
-            return Library(_unpacked(package), threads)
+            return Library(unpacked(package), threads)
         except (OSError, zipfile.BadZipFile):
             # Damaged: gone, it is compiled again when that pays, and eager code gives the same bits.
             package.unlink(missing_ok=True)
@@ -195,7 +195,7 @@ def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
     return found
 
 
-def _unpacked(package: Path) -> Path:
+def unpacked(package: Path) -> Path:
     """The library in a package, beside it. Raises OSError, BadZipFile."""
     path = package.with_suffix(".so")
     if not path.exists():

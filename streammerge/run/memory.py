@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import threading
@@ -107,15 +106,9 @@ def refusals() -> Iterator[None]:
 
 
 class Meter:
-    """Watches the memory of this process, and gives back what is freed, from a thread of its own, ten times a second.
-
-    glibc keeps freed memory, and for torch it keeps asking for more: aligned blocks do not fit where one of their size
-    was freed. Without this DELLA's peak is 750 MB, of which it has freed 390 (glibc 2.36, torch 2.13.0, 2026-11-24).
-    """
+    """Watches the memory of this process from a thread of its own, ten times a second."""
 
     def __init__(self) -> None:
-        # Only glibc has it.
-        self._give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
         self.peak_own = 0
         self.now_own = 0
         self._stop = threading.Event()
@@ -136,8 +129,6 @@ class Meter:
     def _watch(self) -> None:
         while not self._stop.wait(0.1):
             self._sample()
-            if self._give_back is not None:
-                self._give_back(0)
 
     def _sample(self) -> None:
         self.now_own = usage().own

@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from streammerge.kernels import compiled
 from streammerge.kernels.compiled import Cache, Signature, compiler_missing, default_cache
+from streammerge.kernels.contract import Arguments, Program, Tile
 from streammerge.methods import METHODS
 from tests.methods.cases import make_case, settings_of
 
@@ -134,6 +136,19 @@ def test_a_compiler_that_fails_is_a_reason_and_leaves_nothing(cache: Cache, monk
     assert "No working C++ compiler" in reason
     assert list(cache.directory.iterdir()) == []
     assert cache.load(LINEAR, SIGNATURE, 1) is None
+
+
+def _other_bits_compiled(tile: Tile, arguments: Arguments) -> Tensor:
+    return tile.models[0] * (1.5 if torch.compiler.is_compiling() else 1.0)
+
+
+@pytest.mark.skipif(compiler_missing() is not None, reason="needs a C++ compiler")
+def test_a_program_that_comes_out_otherwise_is_not_used(cache: Cache) -> None:
+    program = Program(_other_bits_compiled, merges=True)
+    reason = cache.build([(program, SIGNATURE._replace(inputs=(BF16,)))])
+    assert reason is not None
+    assert "_other_bits_compiled() gives other bits compiled than eagerly" in reason
+    assert list(cache.directory.iterdir()) == []
 
 
 @pytest.mark.skipif(compiler_missing() is not None, reason="needs a C++ compiler to come so far")
