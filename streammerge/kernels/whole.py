@@ -19,7 +19,7 @@ from streammerge.kernels.contract import BLOCK, Grain, Look, Method, Problem, Pr
 Finder = Callable[[Program, Signature], Run | None]
 
 # So many blocks at once: eager code makes some fifty temporaries of a piece.
-_EAGER_PIECE, _COMPILED_PIECE = 4, 32
+_EAGER_PIECE, _COMPILED_PIECE = 4, 8
 _NARROWEST = 64
 
 

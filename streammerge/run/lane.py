@@ -24,8 +24,9 @@ from streammerge.kernels.contract import Arguments, Grain, Look, Program
 from streammerge.run.arena import Area
 from streammerge.run.profile import Spent
 
-# Blocks that stay in the caches: eager code makes many temporaries, compiled code few.
-_COMPILED_PIECE = 32
+# Blocks that stay in the caches, with what is summed over them. More make temporaries that the system gives anew for
+# every call: glibc keeps nothing of 32 MB.
+_COMPILED_PIECE = 8
 # Of rows: what is summed over them needs temporaries then, too.
 _COMPILED_UNITS = 4
 # Python's own memory takes objects of up to 512 bytes.
