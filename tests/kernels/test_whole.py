@@ -138,7 +138,7 @@ def test_a_program_that_is_found_runs_on_more_blocks_at_once_and_changes_no_bit(
         return
     assert torch.equal(bits(found), bits(whole(method, "tensor", case, torch.bfloat16)))
     assert asked[-1].out == torch.bfloat16
-    assert max(pieces) == 32
+    assert max(pieces) == 8
 
 
 @pytest.mark.parametrize("elements", [0, 1, 63, 64, 65, 32768, 32769, 65536, 65537, 200_000])
