@@ -92,10 +92,13 @@ def compile_program(program: Program, signature: Signature, package: Path) -> No
     partial = package.with_name(f"{package.stem}.{os.getpid()}.pt2")
     torch._inductor.aoti_compile_and_package(exported, package_path=str(partial))
     library = unpacked(partial)
-    if not _alike(module, Library(library, 1), flat):
+    try:
+        if not _alike(module, Library(library, 1), flat):
+            raise RuntimeError(f"{program.label} gives other bits compiled than eagerly")
+    except BaseException:
         partial.unlink()
         library.unlink()
-        raise RuntimeError(f"{program.label} gives other bits compiled than eagerly")
+        raise
     library.rename(package.with_suffix(".so"))
     partial.rename(package)
 

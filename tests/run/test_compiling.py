@@ -9,14 +9,12 @@ import torch
 
 from streammerge.kernels.compiled import SECONDS_TO_COMPILE, Signature, compiler_missing
 from streammerge.kernels.contract import Settings
-from streammerge.methods import METHODS
 from streammerge.methods.arcee_fusion import ARCEE_FUSION
 from streammerge.run.compiling import Uses, weigh
 
 PLENTY = 1 << 40
 WORK = Signature(torch.float32, (torch.bfloat16, torch.bfloat16), True, None)
 DIVERGENCE = ARCEE_FUSION.looks(Settings({}, {}))[0]
-LINEAR = METHODS["linear"].program(Settings({"normalize": True}, {"weight": (1.0, 1.0)}))
 
 
 @pytest.fixture(autouse=True)
