@@ -152,46 +152,43 @@ def _run_by_width(library: Library, program: Program, signature: Signature) -> R
 def _run_by_rows(library: Library, program: Program, order: Library | None, signature: Signature) -> Run:
     """A program, after the one that orders its rows if there is one. Units are blocks, if need be filled with zeros."""
     first = program.orders
-    # Blocks that stay with their thread: new ones for every unit would take longest of all.
+    # Blocks that stay with their thread: new ones for every call would take longest of all.
     own = threading.local()
 
     def run(inputs: Sequence[Tensor], out: Tensor | None, starts: Tensor | None, keys: Tensor | None,
             arguments: Arguments) -> Tensor:  # fmt: skip
-        width = inputs[0].shape[-1]
-        whole = inputs[0].numel() == BLOCK
-        if whole:
-            blocks = [stored.view(1, BLOCK) for stored in inputs]
-            place = None if out is None else out.view(1, BLOCK)
+        width, elements = inputs[0].shape[-1], inputs[0].numel()
+        unit = min(elements, BLOCK // width * width)
+        units = elements // unit
+        if unit == BLOCK:
+            blocks = [stored.view(units, BLOCK) for stored in inputs]
+            place = None if out is None else out.view(units, BLOCK)
         else:
-            if not hasattr(own, "inputs"):
-                own.inputs = [torch.empty(1, BLOCK, dtype=dtype) for dtype in signature.inputs]
-                own.out = None if signature.out is None else torch.empty(1, BLOCK, dtype=signature.out)
-            blocks, place = own.inputs, own.out
+            if not hasattr(own, "inputs") or len(own.inputs[0]) < units:
+                own.inputs = [torch.empty(units, BLOCK, dtype=dtype) for dtype in signature.inputs]
+                own.out = None if signature.out is None else torch.empty(units, BLOCK, dtype=signature.out)
+            blocks = [block[:units] for block in own.inputs]
+            place = None if own.out is None else own.out[:units]
             for block, stored in zip(blocks, inputs, strict=True):
-                _fill(block, stored)
+                _units(block)[:, : unit * block.itemsize] = _units(stored.view(units, unit))
+                _units(block)[:, unit * block.itemsize :] = 0
         if first is None or order is None:
             result = library(flatten(program, blocks, place, starts, keys, None, arguments))
         else:
             with order.lend(flatten(first, blocks, None, starts, keys, None, arguments)) as ordered:
                 sort_rows(ordered, width)
                 result = library(flatten(program, blocks, place, starts, keys, ordered, arguments))
-        if out is not None and place is not None and not whole:
-            _bytes(out)[:] = _bytes(place)[: out.nbytes]
+        if out is not None and place is not None and unit != BLOCK:
+            _units(out.view(units, unit))[:] = _units(place)[:, : unit * out.itemsize]
         return result
 
     return run
 
 
-def _fill(block: Tensor, stored: Tensor) -> None:
-    """Copy `stored` to the beginning of a block, and zeros to its end."""
-    bytes_ = _bytes(block)
-    bytes_[: stored.nbytes] = _bytes(stored)
-    bytes_[stored.nbytes :] = 0
-
-
-def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
+def _units(tensor: Tensor) -> NDArray[np.uint8]:
+    """The bytes of a tensor, (units, …)."""
     # Through numpy: torch would let the other threads in for each little copy, and wait for them.
-    found: NDArray[np.uint8] = tensor.view(-1).view(torch.uint8).numpy()
+    found: NDArray[np.uint8] = tensor.view(torch.uint8).numpy()
     return found
 
 

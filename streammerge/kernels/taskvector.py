@@ -307,26 +307,18 @@ def _factors_and_masks(
 ) -> Generator[Look, Any, tuple[list[float], Tensor]]:
     """The same of ranked deltas, and the masks as KEPT has them."""
     kept = torch.zeros(problem.units, problem.models, WORDS, dtype=torch.int32)
-    sums: list[Tensor] = []
-    done = 0
+    bits = kept.numpy().view(np.uint8)
 
-    def pack(found: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-        """In the threads that compute: sums, and masks as bits. What is 0 counts as nothing either way."""
+    def pack(found: Tensor, starts: Tensor) -> Tensor:
+        """In the threads that compute: masks go where they are kept, as bits; sums are left."""
         count = 2 * problem.models * 8 // found.element_size()
         stay = found[:, count:].reshape(len(found), problem.models, -1).numpy() != 0
-        filled = np.zeros((len(found), problem.models, WORDS * 4), np.uint8)
+        # What is 0 counts as nothing either way.
         packed = np.packbits(stay, -1, "little")
-        filled[..., : packed.shape[-1]] = packed
-        masses = found[:, :count].clone(memory_format=torch.contiguous_format)
-        return masses.view(torch.float64), torch.from_numpy(filled.view("<i4").astype(np.int32))
+        bits[starts[:, 0].numpy() // problem.grain.unit, :, : packed.shape[-1]] = packed
+        return found[:, :count].clone(memory_format=torch.contiguous_format).view(torch.float64)
 
-    def put(part: tuple[Tensor, Tensor]) -> None:
-        nonlocal done
-        sums.append(part[0])
-        kept[done : done + len(part[1])] = part[1]
-        done += len(part[1])
-
-    yield Look(_WEIGHING_MASKS, dict(arguments), digest=pack, fold=put)
+    sums = yield Look(_WEIGHING_MASKS, dict(arguments), digest=pack)
     return _factors(total(torch.cat(sums)), densities), kept
 
 

@@ -167,10 +167,8 @@ class CpuLane:
             compiled = None if wanted is None else self._find(program, wanted)
             if compiled is None:
                 self._runs[key] = (eager(program, signature), program.eager_blocks if grain.width is None else 1)
-            elif program.by_width:
-                self._runs[key] = (compiled, _COMPILED_UNITS)
             else:
-                self._runs[key] = (compiled, _COMPILED_PIECE if grain.width is None else 1)
+                self._runs[key] = (compiled, _COMPILED_PIECE if grain.width is None else _COMPILED_UNITS)
         return self._runs[key]
 
 
