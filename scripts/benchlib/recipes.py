@@ -43,7 +43,7 @@ _ALL = [
     Method("karcher", ("a", "b"), num_passes=2),
     Method("model_stock", ("a", "b"), base="base", num_passes=2),
     Method("nearswap", ("a", "b"), base="a", parameters="{t: 0.001}"),
-    Method("arcee_fusion", ("a", "b"), base="a", num_passes=4),
+    Method("arcee_fusion", ("a", "b"), base="a", num_passes=3),
     Method("sce", ("a", "b"), base="base", parameters="{select_topk: 0.5}", num_passes=4),
     Method("ram", ("a", "b"), base="base"),
     Method("ramplus_tl", ("a", "b"), base="base", num_passes=2),

@@ -28,6 +28,9 @@ BLOCK = 65536
 # The argument with masks that are kept, (units, models, WORDS) int32: bit b of word w is that of element 32 w + b.
 KEPT, WORDS = "kept", BLOCK // 32
 
+# What a measure takes out of a tensor at a time, where there is memory and where there is little: keys and indices.
+MOST_SIFTED, FEWEST_SIFTED = 1 << 21, 1 << 18
+
 Arguments = Mapping[str, Tensor]
 Value = float | bool | str
 
@@ -215,7 +218,8 @@ class Problem:
     """One tensor to merge, as `measure` sees it: its size, number of models, parameters, and the work dtype.
 
     `models` are counted without the base. `found` is what a survey of many tensors found out for this one. With `keeps`
-    there is memory for masks (`Method.keeps`): then `measure` may return them as the argument KEPT.
+    there is memory for masks (`Method.keeps`): then `measure` may return them as the argument KEPT. `sifts` is how many
+    entries it may take out of the tensor at a time.
     """
 
     elements: int
@@ -226,6 +230,7 @@ class Problem:
     has_base: bool = True
     found: Any = None
     keeps: bool = False
+    sifts: int = MOST_SIFTED
 
     @property
     def units(self) -> int:
@@ -251,10 +256,10 @@ class Method:
     program: Callable[[Settings], Program]
     measure: Callable[[Problem], Measuring]
     # How often the inputs are looked at, the merging pass included, when nothing stays in memory. The second argument
-    # says whether all inputs are of 16 bits: then many deltas are equal, and cuts are found sooner.
-    passes: Callable[[Settings, bool], int]
-    # Other programs that `measure` may run over whole tensors: worth compiling.
-    looks: Callable[[Settings], tuple[Program, ...]] = field(default=lambda settings: ())
+    # says whether all inputs are of 16 bits: then many deltas are equal. The third is the number of elements.
+    passes: Callable[[Settings, bool, int], int]
+    # Other programs that `measure` runs over whole tensors, as a rule: worth compiling.
+    looks: Callable[[Settings, bool, int], tuple[Program, ...]] = field(default=lambda settings, narrow, elements: ())
     # The input whose values are the result as they stand (0 is the base where there is one), or None.
     copies: Callable[[Settings], int | None] = field(default=lambda settings: None)
     # Problems with settings of one tensor, as sentences.
@@ -263,6 +268,8 @@ class Method:
     # with these masks, and looks then worth compiling.
     keeps: Callable[[Settings], bool] = field(default=lambda settings: False)
     kept_programs: Callable[[Settings], tuple[Program, tuple[Program, ...]]] | None = None
+    # Whether it looks for cuts, and so takes entries out of tensors (`Problem.sifts`).
+    cuts: Callable[[Settings], bool] = field(default=lambda settings: False)
     # Whether its programs must see whole rows. They are then run eagerly.
     by_rows: Callable[[Settings], bool] = field(default=lambda settings: False)
     # Whether it asks for `Settings.depth`.

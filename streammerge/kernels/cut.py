@@ -5,18 +5,20 @@ size descending, then index ascending; NaN counts as infinite. A cut is a thresh
 the entries equal to it, so that exactly k entries stay however many are tied.
 
     sample    a few thousand sizes, spread over the tensor, say where the threshold must be
-    count     per unit, how many sizes are >= each of some pivots; the threshold's interval shrinks
+    sift      where few entries lie there: fetch them, count what is larger, and pick the cut, in one look
+    count     else: per unit, how many sizes are >= each of some pivots; the threshold's interval shrinks
     collect   when few entries are left in the interval, or only tied ones: fetch them and pick the cut
 
-The counts are exact integers and decide alone; the sample only makes it fast (two looks for bf16 inputs, where many
-entries are tied, three for float32).
+The counts are exact integers and decide alone; the sample only makes it fast: one look at everything for float32, and
+for bf16 inputs one and a look at the block in which the cut lies, as many entries are tied.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,15 +26,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from streammerge.kernels.contract import BLOCK, Argument, Arguments, Look, Problem, Program, Tile
-from streammerge.kernels.select import counted_at_least, infinite_for_nan
+from streammerge.kernels.select import between, counted_at_least, infinite_for_nan
 
 # For one search of a column.
 PIVOTS = 8
 # So few entries in the interval are fetched and sorted rather than counted again.
 COLLECT_AT_MOST = 1 << 17
-_SAMPLE_PIECES, _SAMPLE_PIECE = 64, 1024
+# A sample is of so many entries at least and at most; of one in `_SAMPLE_EVERY` where that lies between.
+_SMALLEST_SAMPLE, _LARGEST_SAMPLE, _SAMPLE_EVERY = 1 << 16, 1 << 18, 256
+_SAMPLE_PIECE = 1024
 _SAMPLE_UNITS = 16
 _SAMPLED_ROUNDS = 4
+# How many standard errors the threshold may lie from where a sample has it.
+_ERRORS = 3
+# Added to indices of each column after the first.
+_COLUMN = 1 << 48
+# With the largest sample, where half of the entries are kept, of so many elements that few are sifted out.
+_SIFTED_AT_ONCE = 75_000_000
 
 T = TypeVar("T")
 Looking = Generator[Look, Any, T]
@@ -94,6 +104,20 @@ def _fetch(tile: Tile, arguments: Arguments, sizes: Sizes) -> Tensor:
     return torch.stack([size.flatten(1) for size in sizes(tile, arguments)], 1)
 
 
+def _sift(tile: Tile, arguments: Arguments, sizes: Sizes) -> Tensor:
+    """(units, columns, bounds + elements) of the dtype of the sizes, for bounds that are pairs [low, high).
+
+    How many sizes are >= each bound, as -1 - n; then the sizes, with -1 in place of those that lie in no pair. A high
+    of NaN is above everything, a low of NaN, too.
+    """
+    found = []
+    for bounds, size in zip(arguments["bounds"], sizes(tile, arguments), strict=True):
+        flat = size.flatten(1)
+        counts = counted_at_least(flat, bounds).to(flat.dtype)
+        found.append(torch.cat([-1 - counts, between(flat, bounds.view(-1, 2))], -1))
+    return torch.stack(found, 1)
+
+
 @dataclass(frozen=True)
 class Quantity:
     """What is ranked: `sizes` gives columns of numbers >= 0, NaN as infinity, each in the shape of the tile.
@@ -130,15 +154,18 @@ class Quantity:
 
     @property
     def fetching(self) -> Program:
-        return Program(
-            _fetch,
-            self.arguments,
-            (("sizes", self.sizes),),
-            needs_starts=self.needs_starts,
-            by_width=self.by_width,
-            eager_ns=self.eager_ns,
-            compiled_ns=self.compiled_ns,
-        )
+        return replace(self.counting, function=_fetch, arguments=self.arguments)
+
+    def looks(self, narrow: bool, elements: int) -> tuple[Program, ...]:
+        """What everything of a tensor is looked at with for its cuts, as a rule."""
+        if narrow:
+            return (self.counting,)
+        return (self.sifting,) if looks_at_everything(narrow, elements) == 1 else (self.counting, self.sifting)
+
+    @property
+    def sifting(self) -> Program:
+        bounds = Argument("bounds", (self.columns, 2 * self.searches), self.dtype)
+        return replace(self.counting, function=_sift, arguments=(bounds, *self.arguments))
 
 
 MAGNITUDES = Quantity(magnitudes)
@@ -152,7 +179,7 @@ class Search:
 
     def __init__(self, column: int, keep: int, sizes: NDArray[np.int64], work: torch.dtype) -> None:
         self.column, self.keep = column, keep
-        self.low, self.high = 0, int(keys_of(np.array([np.inf], _float(work)))[0]) + 1
+        self.low, self.high = 0, _above_all(work)
         self.at_least_low, self.at_least_high = sizes, np.zeros_like(sizes)
         self.cut: Cut | None = None
 
@@ -205,18 +232,65 @@ class Search:
             return np.array([np.searchsorted(cumulative, self.wanted)])
         return np.flatnonzero(self.inside) if cumulative[-1] <= COLLECT_AT_MOST else None
 
+    def bracket(self, sample: NDArray[np.int64], ordered: NDArray[np.int64]) -> Bracket | None:
+        """An interval that most likely holds the threshold, by a sample as it lies in the tensor and sorted.
+
+        None if so many entries are equal there that it is better to count first.
+        """
+        count, total = len(sample), int(self.inside.sum())
+        share = self.wanted / max(1, total)
+        # What one part of the tensor has may be unlike another: parts of the sample tell.
+        value = ordered[min(count - 1, int(count * (1 - share)))]
+        shares = [np.mean(part >= value) for part in np.array_split(sample, _SAMPLE_UNITS)]
+        error = max((share * (1 - share) / count) ** 0.5, float(np.std(shares)) / (_SAMPLE_UNITS - 1) ** 0.5)
+        middle, reach = count * (1 - share), _ERRORS * count * error + 2
+        first, last = int(middle - reach), int(middle + reach) + 1
+        low = int(ordered[first]) if first > 0 else self.low
+        high = int(ordered[last]) + 1 if last < count else self.high
+        seen = ordered[np.searchsorted(ordered, low) : np.searchsorted(ordered, high)]
+        # The cut may lie among equal ones: then a count finds it.
+        tied = PIVOTS * int(np.unique(seen, return_counts=True)[1].max(initial=0)) > len(seen)
+        # A few more than the sample says.
+        return None if tied else Bracket(self, low, high, len(seen) * total * 9 // (8 * count))
+
     def pick(self, keys: NDArray[np.int64], index: NDArray[np.int64], unit: int, work: torch.dtype) -> None:
-        """Choose the cut among fetched entries, given by key and index in ascending order of index."""
+        """Choose the cut among the entries of the interval, and maybe others, by key and index in any order."""
         wanted = self.wanted
         if self.high - self.low == 1:
-            wanted -= int(self.inside[: index[0] // unit].sum())
-        chosen = np.lexsort((index, -keys))[wanted - 1]
-        self.cut = Cut(float(floats_of(keys[chosen : chosen + 1], work)[0]), int(index[chosen]))
+            # All are equal: what counts is the unit where the cut lies.
+            place = int(np.searchsorted(np.cumsum(self.inside), wanted))
+            wanted -= int(self.inside[:place].sum())
+            here = index // unit == place
+            keys, index = keys[here], index[here]
+        inside = keys[(keys >= self.low) & (keys < self.high)]
+        key = np.partition(inside, len(inside) - wanted)[len(inside) - wanted]
+        equal, wanted = index[keys == key], wanted - int(np.count_nonzero(inside > key))
+        self.cut = Cut(float_of(int(key), work), int(np.partition(equal, wanted - 1)[wanted - 1]))
+
+
+class Bracket(NamedTuple):
+    """An interval [low, high) in which a search looks for its threshold, and about how many entries lie there."""
+
+    search: Search
+    low: int
+    high: int
+    entries: int
+
+    def narrow(self, counts: NDArray[np.int64]) -> None:
+        """Take in how many of each unit are >= low and >= high."""
+        inner = [(i, key) for i, key in enumerate(self[1:3]) if self.search.low < key < self.search.high]
+        self.search.narrow([key for _, key in inner], counts[:, [i for i, _ in inner]])
 
 
 def kept(density: float, elements: int) -> int:
     """How many of `elements` entries a density keeps: at least one, unless it is 0 or less."""
     return 0 if density <= 0 else elements if density >= 1 else max(1, int(density * elements))
+
+
+def looks_at_everything(narrow: bool, elements: int) -> int:
+    """How often all of a tensor is looked at for its cuts, as a rule. `narrow`: all inputs are of 16 bits."""
+    # Of larger ones too much lies where a sample says that a threshold is.
+    return 1 if narrow or elements <= _SIFTED_AT_ONCE else 2
 
 
 def find_cuts(problem: Problem, quantity: Quantity, wanted: Sequence[tuple[int, int]],
@@ -267,70 +341,137 @@ class _Ranking:
             for search in searches:
                 search.pick(sample[search.column], np.arange(n), unit, work)
         else:
-            yield from self.narrow_all(searches, [np.sort(keys) for keys in sample])
+            yield from self.narrow_all(searches, sample)
         return [search.cut or KEEP_NONE for search in searches]
 
     def sample(self) -> Looking[NDArray[np.int64]]:
-        """(columns, samples) keys; of a tensor of one unit, all of them in order."""
+        """(columns, samples) keys in the order of the tensor; of a tensor of one unit, all of them."""
         n, grain = self.problem.elements, self.problem.grain
+        size = min(max(_SMALLEST_SAMPLE, n // _SAMPLE_EVERY // BLOCK * BLOCK), _LARGEST_SAMPLE)
         if self.problem.units == 1:
             spans: tuple[tuple[int, int], ...] = ((0, n),)
         elif grain.width is None:
-            step = (n - _SAMPLE_PIECE) // (_SAMPLE_PIECES - 1)
-            spans = tuple((i * step, _SAMPLE_PIECE) for i in range(_SAMPLE_PIECES))
+            pieces = size // _SAMPLE_PIECE
+            step = (n - _SAMPLE_PIECE) // (pieces - 1)
+            spans = tuple((i * step, _SAMPLE_PIECE) for i in range(pieces))
         else:
             whole = n // grain.unit
             chosen = sorted({i * (whole - 1) // (_SAMPLE_UNITS - 1) for i in range(_SAMPLE_UNITS)})
             spans = tuple((unit * grain.unit, grain.unit) for unit in chosen)
-        answers = yield Look(self.quantity.fetching, self.arguments, spans, digest=_as_is)
-        sizes: Tensor = torch.cat([part.transpose(0, 1).reshape(part.shape[1], -1) for part in answers], 1)
+        bounds = self.bounds([(column, 0, _above_all(self.work)) for column in range(self.columns)])
+        answers = yield Look(self.quantity.sifting, bounds, spans, digest=_as_is)
+        skip = 2 * self.quantity.searches
+        sizes: Tensor = torch.cat([part.transpose(0, 1)[..., skip:].flatten(1) for part in answers], 1)
         if self.problem.units == 1:
             return keys_of(sizes[:, :n].numpy())
-        step = max(1, sizes.shape[1] // (_SAMPLE_PIECES * _SAMPLE_PIECE))
-        return keys_of(sizes[:, ::step].contiguous().numpy())
+        return keys_of(sizes[:, :: max(1, sizes.shape[1] // size)].contiguous().numpy())
 
-    def narrow_all(self, searches: Sequence[Search], sample: list[NDArray[np.int64]]) -> Looking[None]:
-        work = self.work
+    @property
+    def columns(self) -> int:
+        return self.problem.models if self.quantity.columns == "K" else self.quantity.columns
+
+    def bounds(self, intervals: Sequence[tuple[int, int, int]]) -> Arguments:
+        """The arguments of sifting for some (column, low, high)."""
+        table = np.full((self.columns, 2 * self.quantity.searches), _above_all(self.work))
+        used = [0] * self.columns
+        for column, *interval in intervals:
+            table[column, used[column] : used[column] + 2] = interval
+            used[column] += 2
+        return {**self.arguments, "bounds": torch.from_numpy(floats_of(table, self.work))}
+
+    def narrow_all(self, searches: Sequence[Search], sample: NDArray[np.int64]) -> Looking[None]:
+        work, ordered = self.work, np.sort(sample)
+        brackets = [search.bracket(sample[search.column], ordered[search.column]) for search in searches]
+        promising = [bracket for bracket in brackets if bracket is not None]
+        entries = sum(bracket.entries for bracket in promising)
+        if len(promising) == len(searches) and entries <= self.problem.sifts:
+            yield from self._sift(promising, None)
         round_number = 0
         while open_searches := [search for search in searches if not search.settle(work)]:
             counting = [search for search in open_searches if search.units_to_fetch() is None]
             if not counting:
                 yield from self._collect(open_searches)
                 return
-            table, chosen = choose_pivots(counting, sample, round_number, work, self.quantity.pivots)
+            table, chosen = choose_pivots(counting, list(ordered), round_number, work, self.quantity.pivots)
             answer = yield Look(self.quantity.counting, {**self.arguments, "pivots": table})
             narrow(chosen, answer.numpy().astype(np.int64))
             round_number += 1
 
     def _collect(self, searches: Sequence[Search]) -> Looking[None]:
-        """Fetch what lies in the open intervals and pick the cuts."""
-        n, unit, work = self.problem.elements, self.problem.grain.unit, self.work
-        fetched = [(search, units) for search in searches if (units := search.units_to_fetch()) is not None]
-        needed = np.unique(np.concatenate([units for _, units in fetched]))
-        spans = tuple((number * unit, min(unit, n - number * unit)) for number in needed.tolist())
-        bounds = [(search.column, float_of(search.low, work), float_of(search.high - 1, work)) for search, _ in fetched]
+        """Fetch what lies in the open intervals, of which each holds little or is one value, and pick the cuts."""
+        tied = [search for search in searches if search.high - search.low == 1]
+        for some in (tied, [search for search in searches if search not in tied]):
+            # Of one value there may be many in other units.
+            units = [found for search in some if (found := search.units_to_fetch()) is not None]
+            if units:
+                needed = np.unique(np.concatenate(units))
+                most = [int(search.inside[needed].sum()) for search in some]
+                brackets = [Bracket(search, search.low, search.high, n) for search, n in zip(some, most, strict=True)]
+                yield from self._sift(brackets, needed)
 
-        def digest(sizes: Tensor, starts: Tensor) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-            found = []
-            for column, least, most in bounds:
-                values = sizes[:, column].numpy()
-                # Floats are compared first: keys of everything would take most of the time.
-                unit_of, place = np.divmod(np.flatnonzero((values >= least) & (values <= most)), values.shape[1])
-                index = starts.numpy()[unit_of, 0] + place
-                inside = index < n
-                found.append((keys_of(values[unit_of, place])[inside], index[inside]))
-            return found
+    def _sift(self, brackets: Sequence[Bracket], units: NDArray[np.int64] | None) -> Looking[None]:
+        """Sift some units, or all, and pick the cuts that are there. Of all units the intervals are narrowed, too."""
+        n, unit, skip = self.problem.elements, self.problem.grain.unit, 2 * self.quantity.searches
+        spans = None
+        if units is not None and len(units) < self.problem.units:
+            spans = tuple((i * unit, min(unit, n - i * unit)) for i in units.tolist())
+        # The zeros that fill up a block may be among them.
+        sieve = _Sieve(BLOCK * self.columns + sum(bracket.entries for bracket in brackets), self.work)
 
-        whole = len(spans) == self.problem.units
-        answers = yield Look(self.quantity.fetching, self.arguments, None if whole else spans, digest)
-        for i, (search, units) in enumerate(fetched):
-            keys = np.concatenate([answer[i][0] for answer in answers])
-            index = np.concatenate([answer[i][1] for answer in answers])
-            if search.high - search.low == 1:
-                # Other searches may have asked for other units: only the one where the cut lies counts.
-                here = np.isin(index // unit, units)
-                keys, index = keys[here], index[here]
-            search.pick(keys, index, unit, work)
+        def digest(found: Tensor, starts: Tensor) -> Tensor:
+            sieve.add(found, starts, skip)
+            return found[..., :skip].clone(memory_format=torch.contiguous_format)
+
+        bounds = self.bounds([(bracket.search.column, bracket.low, bracket.high) for bracket in brackets])
+        answers = yield Look(self.quantity.sifting, bounds, spans, digest)
+        counts = -1 - torch.cat(answers).numpy().astype(np.int64)
+        for column in range(self.columns):
+            here = [bracket for bracket in brackets if bracket.search.column == column]
+            if spans is None:
+                for i, bracket in enumerate(here):
+                    bracket.narrow(counts[:, column, 2 * i : 2 * i + 2])
+            if not sieve.overflows:
+                keys, index = sieve.entries(column, n)
+                for bracket in here:
+                    if (bracket.search.low, bracket.search.high) == (bracket.low, bracket.high):
+                        bracket.search.pick(keys, index, unit, self.work)
+
+
+class _Sieve:
+    """The entries that are sifted out, with room for so many, as threads find them."""
+
+    def __init__(self, room: int, work: torch.dtype) -> None:
+        self._sizes, self._places = np.empty(room, _float(work)), np.empty(room, np.int64)
+        self._found = 0
+        self._lock = threading.Lock()
+
+    @property
+    def overflows(self) -> bool:
+        """Whether there were too many."""
+        return self._found > len(self._sizes)
+
+    def add(self, found: Tensor, starts: Tensor, skip: int) -> None:
+        """Take in what `_sift` gives of some units, after so many counts."""
+        units, columns, width = found.shape
+        flat = found.numpy().reshape(-1)
+        where = np.flatnonzero(flat >= 0)
+        # What an entry's place in all of this has over its index, row by row.
+        rows = np.arange(units * columns)
+        over = rows * width + skip - np.repeat(starts.numpy()[:, 0], columns) - rows % columns * _COLUMN
+        counts = np.diff(np.searchsorted(where, np.append(rows, len(rows)) * width))
+        sizes, places = flat[where], where - np.repeat(over, counts)
+        with self._lock:
+            first, self._found = self._found, self._found + len(where)
+            if not self.overflows:
+                self._sizes[first : self._found], self._places[first : self._found] = sizes, places
+
+    def entries(self, column: int, elements: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Keys and indices of a column's entries, in any order."""
+        keys, places = keys_of(self._sizes[: self._found]), self._places[: self._found]
+        if column:
+            places = places - column * _COLUMN
+        here = (places >= 0) & (places < elements)
+        return (keys, places) if here.all() else (keys[here], places[here])
 
 
 Chosen = list[tuple[Search, int, list[int]]]
@@ -381,7 +522,16 @@ def _float(work: torch.dtype) -> type[np.floating[Any]]:
 
 def keys_of(sizes: NDArray[Any]) -> NDArray[np.int64]:
     """Non-negative floats as integers in the same order: their bits."""
-    return np.ascontiguousarray(sizes).view(np.int64 if sizes.dtype == np.float64 else np.int32).astype(np.int64)
+    return (
+        np.ascontiguousarray(sizes)
+        .view(np.int64 if sizes.dtype == np.float64 else np.int32)
+        .astype(np.int64, copy=False)
+    )
+
+
+def _above_all(work: torch.dtype) -> int:
+    """The key after that of infinity."""
+    return int(keys_of(np.array([np.inf], _float(work)))[0]) + 1
 
 
 def float_of(key: int, work: torch.dtype) -> float:

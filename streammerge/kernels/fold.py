@@ -208,7 +208,7 @@ FOLD = Method(
     max_models=1,
     program=_program,
     measure=_measure,
-    passes=lambda settings, narrow: 2 if settings.flag("norms") else 1,
+    passes=lambda settings, narrow, elements: 2 if settings.flag("norms") else 1,
 )
 
 

@@ -53,6 +53,19 @@ def counted_at_least(sizes: Tensor, pivots: Tensor) -> Tensor:
     return counts
 
 
+def between(sizes: Tensor, pairs: Tensor) -> Tensor:
+    """`sizes` where they are >= low and not >= high of one of the pairs (pairs, 2), else -1."""
+    found = torch.full_like(sizes, -1.0)
+    if torch.compiler.is_compiling() or sizes.device.type != "cpu":
+        for low, high in pairs:
+            found = torch.where(sizes >= high, found, torch.where(sizes >= low, sizes, found))
+        return found
+    flat, chosen = sizes.numpy(), found.numpy()
+    for low, high in pairs.numpy():
+        np.copyto(chosen, flat, where=(flat >= low) & ~(flat >= high))
+    return found
+
+
 def one_for_zero(values: Tensor) -> Tensor:
     """`values`, with 1 in place of 0."""
     return values + (values == 0).to(values.dtype)

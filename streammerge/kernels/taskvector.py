@@ -33,6 +33,7 @@ from streammerge.kernels.contract import (
     Settings,
     Tile,
 )
+from streammerge.kernels.cut import looks_at_everything
 from streammerge.kernels.select import masked, of_sign, one_for_zero
 from streammerge.kernels.sparsify import (
     NEEDS,
@@ -95,15 +96,16 @@ def task_vector_method(name: str, doc: str, *, sparsifier: Sparsifier, election:
     def program(settings: Settings) -> Program:
         return _merging(used(settings), elects(settings), elects(settings) and settings.flag("normalize"))
 
-    def looks(settings: Settings) -> tuple[Program, ...]:
+    def looks(settings: Settings, narrow: bool, elements: int) -> tuple[Program, ...]:
         ranked = NEEDS[used(settings)].cuts
-        counting = () if ranked is None else (ranked.counting,)
-        return counting + ((_weighing(used(settings)),) if by_mass(settings) else ())
+        # Many tensors together are counted.
+        cutting = () if ranked is None else ranked.looks(narrow or scope(settings) != "tensor", elements)
+        return cutting + ((_weighing(used(settings)),) if by_mass(settings) else ())
 
-    def passes(settings: Settings, narrow: bool) -> int:
+    def passes(settings: Settings, narrow: bool, elements: int) -> int:
         counts = NEEDS[used(settings)].cuts is not None and scope(settings) == "tensor"
-        counting = (1 if narrow else 2) if counts else 0
-        return 1 + counting + by_mass(settings)
+        cutting = looks_at_everything(narrow, elements) if counts else 0
+        return 1 + cutting + by_mass(settings)
 
     def measure(problem: Problem) -> Measuring:
         settings = problem.settings
@@ -188,6 +190,7 @@ def task_vector_method(name: str, doc: str, *, sparsifier: Sparsifier, election:
         keeps=keeps,
         kept_programs=kept_programs,
         check=lambda settings: check(settings, sparsifier),
+        cuts=lambda settings: NEEDS[used(settings)].cuts is not None,
         by_rows=lambda settings: used(settings) == "ranked",
         by_depth=by_depth,
         scope=scope,

@@ -23,7 +23,7 @@ from torch import Tensor
 from streammerge.kernels import series
 from streammerge.kernels.blocksum import block_sum
 from streammerge.kernels.contract import Argument, Arguments, Look, Measuring, Method, Problem, Program, Tile
-from streammerge.kernels.cut import Quantity, magnitude, order_statistics
+from streammerge.kernels.cut import Quantity, looks_at_everything, magnitude, order_statistics
 
 _SMOOTHING = 1e-8
 # In a wide row deltas differ by more than this, or entries of the base by more than series.exp takes.
@@ -173,7 +173,8 @@ ARCEE_FUSION = Method(
     max_models=1,
     program=lambda settings: _PROGRAM,
     measure=_measure,
-    passes=lambda settings, narrow: 4 if narrow else 5,
-    looks=lambda settings: (_LOOK, IMPORTANCE.counting, IMPORTANCE.fetching),
+    passes=lambda settings, narrow, elements: 2 + looks_at_everything(narrow=False, elements=elements),
+    looks=lambda settings, narrow, elements: (_LOOK, *IMPORTANCE.looks(narrow=False, elements=elements)),
+    cuts=lambda settings: True,
     by_rows=lambda settings: True,
 )

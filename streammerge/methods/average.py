@@ -82,6 +82,6 @@ AVERAGE = Method(
     max_models=None,
     program=lambda settings: _PROGRAM,
     measure=_measure,
-    passes=lambda settings, narrow: 1,
+    passes=lambda settings, narrow, elements: 1,
     check=_check,
 )

@@ -58,6 +58,6 @@ LINEAR = Method(
     max_models=None,
     program=lambda settings: _PROGRAM,
     measure=_measure,
-    passes=lambda settings, narrow: 1,
+    passes=lambda settings, narrow, elements: 1,
     copies=_copies,
 )

@@ -28,7 +28,7 @@ from streammerge.kernels.contract import (
     Settings,
     Tile,
 )
-from streammerge.kernels.cut import CUT_ARGUMENTS, MAGNITUDES, cut_mask, magnitude
+from streammerge.kernels.cut import CUT_ARGUMENTS, MAGNITUDES, cut_mask, looks_at_everything, magnitude
 from streammerge.kernels.select import masked, one_for_zero
 from streammerge.kernels.sparsify import SCOPE, SURVEY_PASSES, check, cut_survey, measured, scope_of
 from streammerge.kernels.taskvector import LINES_PARAMS, by_depth, lines_factor
@@ -76,8 +76,12 @@ def _scope(settings: Settings) -> Scope:
     return scope_of(settings, "magnitude")
 
 
-def _passes(settings: Settings, narrow: bool) -> int:
-    return 1 + (1 if narrow else 2) * (_cuts(settings) and _scope(settings) == "tensor")
+def _looks(settings: Settings, narrow: bool, elements: int) -> tuple[Program, ...]:
+    return MAGNITUDES.looks(narrow or _scope(settings) != "tensor", elements) if _cuts(settings) else ()
+
+
+def _passes(settings: Settings, narrow: bool, elements: int) -> int:
+    return 1 + looks_at_everything(narrow, elements) * (_cuts(settings) and _scope(settings) == "tensor")
 
 
 def _copies(settings: Settings) -> int | None:
@@ -106,7 +110,8 @@ LOCALIZE_AND_STITCH = Method(
     program=lambda settings: _PROGRAM,
     measure=_measure,
     passes=_passes,
-    looks=lambda settings: (MAGNITUDES.counting,) if _cuts(settings) else (),
+    looks=_looks,
+    cuts=_cuts,
     copies=_copies,
     check=lambda settings: check(settings, "magnitude"),
     by_depth=by_depth,

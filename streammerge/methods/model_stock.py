@@ -70,7 +70,7 @@ MODEL_STOCK = Method(
     max_models=None,
     program=lambda settings: _BY_ROW if _by_rows(settings) else SUM_FROM_BASE,
     measure=_measure,
-    passes=lambda settings, narrow: 1 if _by_rows(settings) else 2,
-    looks=lambda settings: () if _by_rows(settings) else (PRODUCTS_FROM_BASE,),
+    passes=lambda settings, narrow, elements: 1 if _by_rows(settings) else 2,
+    looks=lambda settings, narrow, elements: () if _by_rows(settings) else (PRODUCTS_FROM_BASE,),
     by_rows=_by_rows,
 )

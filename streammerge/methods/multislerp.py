@@ -99,7 +99,7 @@ MULTISLERP = Method(
     max_models=None,
     program=lambda settings: SUM_FROM_BASE,
     measure=_measure,
-    passes=lambda settings, narrow: 2,
-    looks=lambda settings: (PRODUCTS_FROM_BASE,),
+    passes=lambda settings, narrow, elements: 2,
+    looks=lambda settings, narrow, elements: (PRODUCTS_FROM_BASE,),
     check=_check,
 )

@@ -46,6 +46,6 @@ NEARSWAP = Method(
     max_models=1,
     program=lambda settings: _PROGRAM,
     measure=_measure,
-    passes=lambda settings, narrow: 1,
+    passes=lambda settings, narrow, elements: 1,
     copies=_copies,
 )

@@ -108,7 +108,7 @@ NUSLERP = Method(
     max_models=2,
     program=_program,
     measure=_measure,
-    passes=lambda settings, narrow: 1 if _program(settings) is _BY_ROW else 2,
-    looks=lambda settings: (PRODUCTS_FROM_BASE,) if settings.flag("nuslerp_flatten") else (),
+    passes=lambda settings, narrow, elements: 1 if _program(settings) is _BY_ROW else 2,
+    looks=lambda settings, narrow, elements: (PRODUCTS_FROM_BASE,) if settings.flag("nuslerp_flatten") else (),
     by_rows=lambda settings: not settings.flag("nuslerp_flatten"),
 )

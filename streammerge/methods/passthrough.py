@@ -40,6 +40,6 @@ PASSTHROUGH = Method(
     max_models=1,
     program=lambda settings: _PROGRAM,
     measure=_measure,
-    passes=lambda settings, narrow: 1,
+    passes=lambda settings, narrow, elements: 1,
     copies=lambda settings: 0 if _scale(settings) == 1 else None,
 )

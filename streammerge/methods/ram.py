@@ -32,6 +32,6 @@ RAM = Method(
     max_models=None,
     program=lambda settings: MERGE,
     measure=_measure,
-    passes=lambda settings, narrow: 1,
+    passes=lambda settings, narrow, elements: 1,
     check=_check,
 )

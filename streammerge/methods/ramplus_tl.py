@@ -49,7 +49,7 @@ RAMPLUS_TL = Method(
     max_models=None,
     program=lambda settings: MERGE_SCALED,
     measure=_measure,
-    passes=lambda settings, narrow: 2,
-    looks=lambda settings: (COUNT,),
+    passes=lambda settings, narrow, elements: 2,
+    looks=lambda settings, narrow, elements: (COUNT,),
     check=_check,
 )

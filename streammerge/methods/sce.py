@@ -30,7 +30,15 @@ from streammerge.kernels.contract import (
     Settings,
     Tile,
 )
-from streammerge.kernels.cut import CUT_ARGUMENTS, Looking, Quantity, cut_arguments, cut_mask, find_cuts
+from streammerge.kernels.cut import (
+    CUT_ARGUMENTS,
+    Looking,
+    Quantity,
+    cut_arguments,
+    cut_mask,
+    find_cuts,
+    looks_at_everything,
+)
 from streammerge.kernels.select import infinite_for_nan, masked, of_sign
 from streammerge.kernels.taskvector import LINES_PARAMS, by_depth, lines_factor
 
@@ -135,12 +143,12 @@ def _measure(problem: Problem) -> Measuring:
     return arguments | {"weight": problem.tensor(weights), "factor": problem.tensor([lines_factor(settings)])}
 
 
-def _looks(settings: Settings) -> tuple[Program, ...]:
-    return ((DEVIATION.counting,) if _selects(settings) else ()) + (_weighing(settings),)
+def _looks(settings: Settings, narrow: bool, elements: int) -> tuple[Program, ...]:
+    return (DEVIATION.looks(narrow, elements) if _selects(settings) else ()) + (_weighing(settings),)
 
 
-def _passes(settings: Settings, narrow: bool) -> int:
-    return 2 + (3 if narrow else 4) * _selects(settings)
+def _passes(settings: Settings, narrow: bool, elements: int) -> int:
+    return 2 + (1 + looks_at_everything(narrow, elements)) * _selects(settings)
 
 
 def _copies(settings: Settings) -> int | None:
@@ -168,6 +176,7 @@ SCE = Method(
     measure=_measure,
     passes=_passes,
     looks=_looks,
+    cuts=_selects,
     copies=_copies,
     check=_check,
     by_depth=by_depth,

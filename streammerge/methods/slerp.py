@@ -54,7 +54,7 @@ SLERP = Method(
     max_models=1,
     program=lambda settings: _PROGRAM,
     measure=_measure,
-    passes=lambda settings, narrow: 2,
-    looks=lambda settings: (_LOOK,),
+    passes=lambda settings, narrow, elements: 2,
+    looks=lambda settings, narrow, elements: (_LOOK,),
     copies=lambda settings: {0.0: 0, 1.0: 1}.get(settings.number("t")),
 )

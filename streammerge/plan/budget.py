@@ -17,7 +17,7 @@ from typing import Any
 from streammerge.base.dtypes import DTYPES
 from streammerge.base.errors import DoesNotFit
 from streammerge.base.units import format_size
-from streammerge.kernels.contract import BLOCK
+from streammerge.kernels.contract import BLOCK, FEWEST_SIFTED, MOST_SIFTED
 from streammerge.plan.gather import Read
 from streammerge.plan.given import Given
 from streammerge.plan.plan import Plan
@@ -43,6 +43,8 @@ _WORK_OF_SCALING = 12 * MIB
 _WORK_OF_FOLDING = 24 * MIB
 # Random numbers in mergekit's order, of the tiles in work.
 _DRAWS = 96 * MIB
+# What is taken out of a tensor for its cuts (MOST_SIFTED), with the copies that are made of it.
+_WORK_OF_SIFTING = 72 * MIB
 # Of the budget what methods keep of a tensor takes twice this share at most.
 _KEPT_SHARE = 16
 _MOST_DIRTY, _LEAST_DIRTY = 256 * MIB, 16 * MIB
@@ -70,6 +72,8 @@ class Schedule:
     resident_tiles: int
     # Methods may keep so much of one tensor from a look to the merging pass.
     keep_bytes: int
+    # Methods may take so many entries out of one tensor at a time.
+    sifts: int
     # Of a tensor that is read again, so much is left in the page cache meanwhile: memory nobody else claims.
     cache_bytes: int
 
@@ -145,6 +149,10 @@ def make_schedule(plan: Plan, *, limit_bytes: int, limited_by: str, allowed: boo
     )
     keep = keep if room - 2 * keep >= 2 * fewest else 0
     room -= 2 * keep
+    sifts = min(limit_bytes // _KEPT_SHARE, room - 2 * fewest) >= _WORK_OF_SIFTING
+    if sifts and any(tensor.has_cuts for tensor in (*plan.tensors, *plan.asked)):
+        work += _WORK_OF_SIFTING
+        room -= _WORK_OF_SIFTING
     tile_blocks = min(_TILE_BLOCKS, max(-(-tensor.elements // BLOCK) for tensor in kinds) or 1)
     slot = max(tile_bytes(tensor, tile_blocks) for tensor in kinds)
     while tile_blocks > 1 and room // slot < _SLOTS:
@@ -166,6 +174,7 @@ def make_schedule(plan: Plan, *, limit_bytes: int, limited_by: str, allowed: boo
         threads=threads,
         resident_tiles=resident,
         keep_bytes=keep,
+        sifts=MOST_SIFTED if sifts else FEWEST_SIFTED,
         cache_bytes=max(0, (available_bytes - limit_bytes) // 2) if allowed else available_bytes // 2,
     )
 

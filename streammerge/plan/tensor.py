@@ -116,9 +116,14 @@ class TensorPlan:
     @cached_property
     def passes(self) -> int:
         """How often it is read when what is read does not stay in memory."""
-        asked = sum(step.method.passes(step.settings, self._narrow(step)) - 1 for step in self.steps)
+        asked = sum(step.method.passes(step.settings, self.narrow(step), self.elements) - 1 for step in self.steps)
         # Scales of blocks that are longer than a tile are found before the first code.
         return 1 + asked + (self.scaling is not None and self.scaling.quantum is None)
+
+    @property
+    def has_cuts(self) -> bool:
+        """Whether entries are taken out of it."""
+        return any(step.method.cuts(step.settings) for step in self.steps)
 
     @property
     def survey_passes(self) -> int:
@@ -134,7 +139,8 @@ class TensorPlan:
             units.add(self.scaling.quantum)
         return min(math.lcm(*units), max(1, self.elements) if len(units) > 1 else math.lcm(*units))
 
-    def _narrow(self, step: Step) -> bool:
+    def narrow(self, step: Step) -> bool:
+        """Whether all that a step works with is of 16 bits."""
         return all(DTYPES[self.dtypes[i]].bits == 16 for i in step.operands)
 
 

@@ -104,7 +104,8 @@ def programs_of(tensors: Sequence[TensorPlan], schedule: Schedule | None = None)
         for step in tensor.steps:
             draws_in_turn = step.settings.sequential is not None
             method, look = step.method, signature_of(tensor, step)
-            merging, looks = method.program(step.settings), method.looks(step.settings)
+            merging = method.program(step.settings)
+            looks = method.looks(step.settings, tensor.narrow(step), tensor.elements)
             if schedule is not None and step.kept_bytes(tensor.shape) and keeps(tensor, schedule):
                 assert method.kept_programs is not None
                 merging, looks = method.kept_programs(step.settings)

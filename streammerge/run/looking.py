@@ -147,7 +147,9 @@ class Looker:
                 return found
 
             problem = replace(
-                problem, keeps=keeps(work.tensor, self._schedule) and step.kept_bytes(work.tensor.shape) > 0
+                problem,
+                keeps=keeps(work.tensor, self._schedule) and step.kept_bytes(work.tensor.shape) > 0,
+                sifts=self._schedule.sifts,
             )
             arguments = solve(step.method.measure(problem), answer)
             work.kept.append(arguments.pop(KEPT, None))

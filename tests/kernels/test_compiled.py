@@ -22,6 +22,8 @@ from streammerge.methods import METHODS
 from tests.methods.cases import make_case, settings_of
 
 BF16, F32 = torch.bfloat16, torch.float32
+# Elements that are looked at with every program a method has.
+MANY = 1 << 40
 SIGNATURE = Signature(F32, (BF16, BF16), False, BF16)
 LINEAR = METHODS["linear"].program(settings_of(METHODS["linear"], make_case(METHODS["linear"], "any", (1,), seed=0)))
 
@@ -66,7 +68,9 @@ def test_programs_and_their_options_name_different_packages(cache: Cache) -> Non
     for method in METHODS.values():
         for parameters in ({}, sparse, {**sparse, "normalize": True}, {**sparse, "rescale": True}):
             settings = settings_of(method, make_case(method, "any", (1,), seed=0, **parameters))
-            programs |= {program.label: program for program in (method.program(settings), *method.looks(settings))}
+            programs |= {
+                program.label: program for program in (method.program(settings), *method.looks(settings, False, MANY))
+            }
     assert len(programs) > 10
     assert len({cache.package(program, SIGNATURE) for program in programs.values()}) == len(programs)
 

@@ -80,9 +80,9 @@ def test_a_gamma_that_is_no_share_is_refused() -> None:
 def test_rescaled_by_density_nothing_is_looked_at(name: str) -> None:
     method = METHODS[name]
     settings = settings_for(name, density=0.5, rescale_by="density")
-    assert method.looks(settings) == ()
-    assert method.passes(settings, True) == 1
-    assert method.passes(settings_for(name, density=0.5), True) == 2
+    assert method.looks(settings, True, 1) == ()
+    assert method.passes(settings, True, 1) == 1
+    assert method.passes(settings_for(name, density=0.5), True, 1) == 2
     assert list(method.measure(Problem(3, 2, settings, torch.float32, grain_of((3,), by_rows=True)))) == []
 
 

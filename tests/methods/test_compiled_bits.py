@@ -29,6 +29,8 @@ from tests.methods.cases import DTYPES, FORMS, bits, make, make_case, merge, pro
 COMPILED = [name for name, method in FORMS.items() if not sees_rows(method, profiles(method)["usual"])]
 every_method = pytest.mark.parametrize("name", COMPILED)
 
+# Elements that are looked at with every program a method has.
+_MANY = 1 << 40
 _BLOCKS = 5
 _ODD_VALUES = [0.0, -0.0, 1e-40, -1e-40, 6e-8, 1.0, -1.0, 3e38, -3e38]
 _NOT_FINITE = [float("nan"), float("inf"), float("-inf")]
@@ -54,7 +56,7 @@ class Work:
 
     @property
     def programs(self) -> list[tuple[Program, Signature]]:
-        looks = [(program, self.signature) for program in self.method.looks(self.settings)]
+        looks = [(program, self.signature) for program in self.method.looks(self.settings, False, _MANY)]
         return [*looks, (self.method.program(self.settings), self.signature._replace(out=self.out))]
 
 

@@ -111,7 +111,7 @@ def test_tiles_threads_and_passes_change_no_bit(tmp_path: Path, monkeypatch: pyt
     assert_same_files(tmp_path / "out", reference)
     assert report.nonfinite == reference.report.nonfinite
     # The tiles were what this test is about.
-    looks = any(reference.made.method.looks(settings_of(reference.made.method, case))
+    looks = any(reference.made.method.looks(settings_of(reference.made.method, case), False, 1)
                 for case in reference.made.cases.values())  # fmt: skip
     if read_again and looks:
         assert report.read_bytes > reference.report.read_bytes
@@ -165,6 +165,6 @@ def test_merging_twice_gives_the_same_bits_and_another_seed_only_other_chance(
         program.needs_keys
         for case in reference.made.cases.values()
         for settings in [settings_of(method, case)]
-        for program in (method.program(settings), *method.looks(settings))
+        for program in (method.program(settings), *method.looks(settings, False, 1))
     )
     assert same != draws

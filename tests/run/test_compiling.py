@@ -14,7 +14,7 @@ from streammerge.run.compiling import Uses, weigh
 
 PLENTY = 1 << 40
 WORK = Signature(torch.float32, (torch.bfloat16, torch.bfloat16), True, None)
-DIVERGENCE = ARCEE_FUSION.looks(Settings({}, {}))[0]
+DIVERGENCE = ARCEE_FUSION.looks(Settings({}, {}), True, 1)[0]
 
 
 @pytest.fixture(autouse=True)
