@@ -127,12 +127,13 @@ def _passes(method: Method) -> str:
 
 
 def _pass_counts(method: Method) -> tuple[int, int]:
-    """The fewest and the most, for 16-bit and large 32-bit inputs, all of the deltas or a part of them."""
+    """The fewest and the most, for 16-bit and 32-bit inputs, small and large, all of the deltas or a part of them."""
     found = []
     for sparse in ({}, _SPARSE):
         settings = _settings(method, sparse)
         surveyed = method.survey_passes * (method.scope(settings) != "tensor")
-        found += [method.passes(settings, narrow, _MANY_ELEMENTS) + surveyed for narrow in (True, False)]
+        found += [method.passes(settings, narrow, elements) + surveyed
+                  for narrow in (True, False) for elements in (1, _MANY_ELEMENTS)]  # fmt: skip
     return min(found), max(found)
 
 

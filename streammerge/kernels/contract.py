@@ -230,7 +230,7 @@ class Problem:
     has_base: bool = True
     found: Any = None
     keeps: bool = False
-    sifts: int = MOST_SIFTED
+    sifts: int = FEWEST_SIFTED
 
     @property
     def units(self) -> int:
