@@ -156,16 +156,16 @@ class Quantity:
     def fetching(self) -> Program:
         return replace(self.counting, function=_fetch, arguments=self.arguments)
 
+    @property
+    def sifting(self) -> Program:
+        bounds = Argument("bounds", (self.columns, 2 * self.searches), self.dtype)
+        return replace(self.counting, function=_sift, arguments=(bounds, *self.arguments))
+
     def looks(self, narrow: bool, elements: int) -> tuple[Program, ...]:
         """What everything of a tensor is looked at with for its cuts, as a rule."""
         if narrow:
             return (self.counting,)
         return (self.sifting,) if looks_at_everything(narrow, elements) == 1 else (self.counting, self.sifting)
-
-    @property
-    def sifting(self) -> Program:
-        bounds = Argument("bounds", (self.columns, 2 * self.searches), self.dtype)
-        return replace(self.counting, function=_sift, arguments=(bounds, *self.arguments))
 
 
 MAGNITUDES = Quantity(magnitudes)

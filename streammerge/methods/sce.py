@@ -144,7 +144,10 @@ def _measure(problem: Problem) -> Measuring:
 
 
 def _looks(settings: Settings, narrow: bool, elements: int) -> tuple[Program, ...]:
-    return (DEVIATION.looks(narrow, elements) if _selects(settings) else ()) + (_weighing(settings),)
+    if not _selects(settings):
+        return (_weighing(settings),)
+    # What differs is counted first.
+    return (*dict.fromkeys((DEVIATION.counting, *DEVIATION.looks(narrow, elements))), _weighing(settings))
 
 
 def _passes(settings: Settings, narrow: bool, elements: int) -> int:
