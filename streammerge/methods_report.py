@@ -8,9 +8,9 @@ from streammerge.kernels.contract import Method, Param, Settings, Value
 from streammerge.methods import METHODS
 
 Rows = list[tuple[str, str]]
-# What parameters are set to, to see how often a method that sparsifies reads its inputs.
 # More than can be cut in one look.
 _MANY_ELEMENTS = 1 << 40
+# What parameters are set to, to see how often a method that sparsifies reads its inputs.
 _SPARSE = {"density": 0.5, "select_topk": 0.5, "density_scope": "tensor"}
 
 

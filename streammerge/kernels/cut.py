@@ -384,9 +384,11 @@ class _Ranking:
         brackets = [search.bracket(sample[search.column], ordered[search.column]) for search in searches]
         promising = [bracket for bracket in brackets if bracket is not None]
         entries = sum(bracket.entries for bracket in promising)
+        round_number = 0
         if len(promising) == len(searches) and entries <= self.problem.sifts:
             yield from self._sift(promising, None)
-        round_number = 0
+            # What is open now is not where the sample has it.
+            round_number = 1
         while open_searches := [search for search in searches if not search.settle(work)]:
             counting = [search for search in open_searches if search.units_to_fetch() is None]
             if not counting:
