@@ -46,7 +46,7 @@ _DRAWS = 96 * MIB
 # What is taken out of a tensor for its cuts (MOST_SIFTED), with the copies that are made of it.
 _WORK_OF_SIFTING = 72 * MIB
 # The same of FEWEST_SIFTED, and the sample: in any budget.
-_WORK_OF_CUTS = 24 * MIB
+_WORK_OF_CUTS = 72 * MIB
 # Of the budget what methods keep of a tensor takes twice this share at most.
 _KEPT_SHARE = 16
 _MOST_DIRTY, _LEAST_DIRTY = 256 * MIB, 16 * MIB
