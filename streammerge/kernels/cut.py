@@ -161,6 +161,10 @@ class Quantity:
         bounds = Argument("bounds", (self.columns, 2 * self.searches), self.dtype)
         return replace(self.counting, function=_sift, arguments=(bounds, *self.arguments))
 
+    def columns_of(self, problem: Problem) -> int:
+        """How many columns there are."""
+        return problem.models if self.columns == "K" else self.columns
+
     def looks(self, narrow: bool, elements: int) -> tuple[Program, ...]:
         """What everything of a tensor is looked at with for its cuts, as a rule."""
         if narrow:
@@ -368,7 +372,7 @@ class _Ranking:
 
     @property
     def columns(self) -> int:
-        return self.problem.models if self.quantity.columns == "K" else self.quantity.columns
+        return self.quantity.columns_of(self.problem)
 
     def bounds(self, intervals: Sequence[tuple[int, int, int]]) -> Arguments:
         """The arguments of sifting for some (column, low, high)."""

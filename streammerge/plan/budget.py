@@ -45,8 +45,6 @@ _WORK_OF_FOLDING = 24 * MIB
 _DRAWS = 96 * MIB
 # What is taken out of a tensor for its cuts (MOST_SIFTED), with the copies that are made of it.
 _WORK_OF_SIFTING = 72 * MIB
-# The same of FEWEST_SIFTED, and the sample: in any budget.
-_WORK_OF_CUTS = 72 * MIB
 # Of the budget what methods keep of a tensor takes twice this share at most.
 _KEPT_SHARE = 16
 _MOST_DIRTY, _LEAST_DIRTY = 256 * MIB, 16 * MIB
@@ -123,7 +121,6 @@ def make_schedule(plan: Plan, *, limit_bytes: int, limited_by: str, allowed: boo
     # Those of the tensor before may still be there.
     work += _WORK_OF_GATHERING if any(_is_made(tensor) for tensor in kinds) else 0
     work += threads * _WORK_OF_SCALING if any(tensor.scaling is not None for tensor in kinds) else 0
-    work += _WORK_OF_CUTS if any(tensor.has_cuts for tensor in (*plan.tensors, *plan.asked)) else 0
     work += 2 * factors + (threads * _WORK_OF_FOLDING if factors else 0)
     dirty = min(max(_LEAST_DIRTY, min(_MOST_DIRTY, limit_bytes // 8)), max(plan.bytes_to_write, 1))
     fixed = baseline_bytes + work + dirty

@@ -29,8 +29,8 @@ from streammerge.run.profile import Spent
 _COMPILED_PIECE = 8
 # Of rows: what is summed over them needs temporaries then, too.
 _COMPILED_UNITS = 4
-# Python's own memory takes objects of up to 512 bytes.
-_SMALL_BYTES = 448
+# Results of so many bytes are kept in Python's own memory, which takes objects of up to 512.
+_PACKED_BYTES, _PYTHON_BYTES = 1 << 13, 448
 
 Finder = Callable[[Program, Signature], Run | None]
 T = TypeVar("T")
@@ -179,7 +179,7 @@ class _Packed(NamedTuple):
     of holes in the counts of TIES (glibc 2.36, 2026-11-28).
     """
 
-    content: bytes
+    content: list[bytes]
     dtype: torch.dtype
     shape: torch.Size
 
@@ -188,9 +188,11 @@ class _Packed(NamedTuple):
         """Small tensors packed, also of a tuple; anything else as it is."""
         if type(result) is tuple:
             return tuple(map(cls.of, result))
-        if not isinstance(result, Tensor) or not 0 < result.nbytes <= _SMALL_BYTES:
+        if not isinstance(result, Tensor) or not 0 < result.nbytes <= _PACKED_BYTES:
             return result
-        return cls(result.numpy().tobytes(), result.dtype, result.shape)
+        content = result.numpy().tobytes()
+        parts = [content[first : first + _PYTHON_BYTES] for first in range(0, len(content), _PYTHON_BYTES)]
+        return cls(parts, result.dtype, result.shape)
 
     @staticmethod
     def unpacked(result: Any) -> Any:
@@ -199,7 +201,7 @@ class _Packed(NamedTuple):
             return tuple(map(_Packed.unpacked, result))
         if not isinstance(result, _Packed):
             return result
-        return torch.frombuffer(bytearray(result.content), dtype=result.dtype).view(result.shape)
+        return torch.frombuffer(bytearray().join(result.content), dtype=result.dtype).view(result.shape)
 
 
 class _Pieces:

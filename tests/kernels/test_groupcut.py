@@ -85,3 +85,15 @@ def test_counting_takes_few_looks_at_everything() -> None:
     tensors = [[torch.randn(20 * BLOCK, generator=generator)] for _ in range(4)]
     for density in DENSITIES:
         assert assert_exact(tensors, [(density,)]) <= 4
+
+
+def test_many_columns_take_no_more_looks_than_one() -> None:
+    generator = torch.Generator().manual_seed(2)
+    tensors = [[torch.randn(3 * BLOCK, generator=generator) for _ in DENSITIES] for _ in range(4)]
+    assert assert_exact(tensors, [(density,) for density in DENSITIES]) <= 4
+
+
+def test_many_cuts_of_a_column_may_lie_in_one_tensor() -> None:
+    generator = torch.Generator().manual_seed(3)
+    large, small = torch.randn(3 * BLOCK, generator=generator), torch.zeros(BLOCK)
+    assert_exact([[small], [large.bfloat16()], [small]], [(0.1, 0.2, 0.2001, 0.3, 0.4, 0.5)])

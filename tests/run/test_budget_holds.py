@@ -85,6 +85,13 @@ def _ties(folder: Path, **top: Any) -> Path:
     return write_recipe(folder / "recipe.yaml", "ties", models, base=base, per_model=per_model, **top)
 
 
+def _many(folder: Path, **top: Any) -> Path:
+    """Sixteen models."""
+    base, *models = make_models(folder, count=16, shapes=SHAPES)
+    return write_recipe(folder / "recipe.yaml", "ties", models, base=base, per_model={"weight": 0.5, "density": 0.3},
+                        **top)  # fmt: skip
+
+
 def _mixed(folder: Path) -> Path:
     """A base of float32, a model of float16 and one of bfloat16."""
     base = make_tensors(0, dtype=torch.float32, shapes=SHAPES)
@@ -185,6 +192,8 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "stages": _stages,
     "files": _files,
     "cut over the whole model": lambda folder: _ties(folder, parameters={"density_scope": "model"}),
+    "many models": _many,
+    "many models, cut over the whole": lambda folder: _many(folder, parameters={"density_scope": "model"}),
     "adapters": lambda folder: _adapter(folder, norms=False),
     "adapters, DoRA": lambda folder: _adapter(folder, norms=True),
     "float8 with scales": _scaled,
