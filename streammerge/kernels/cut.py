@@ -310,11 +310,14 @@ def find_cuts(problem: Problem, quantity: Quantity, wanted: Sequence[tuple[int, 
     return [KEEP_NONE if k <= 0 else KEEP_ALL if k >= n else cut_of[i] for i, (_, k) in enumerate(wanted)]
 
 
-def order_statistics(problem: Problem, quantity: Quantity, ranks: Sequence[int],
-                     arguments: Arguments | None = None) -> Looking[list[float]]:  # fmt: skip
-    """The sizes of one column at these ranks, counted from the smallest, which has rank 0."""
+def order_statistics(problem: Problem, quantity: Quantity, ranks: Sequence[int], arguments: Arguments | None = None,
+                     sample: NDArray[np.floating[Any]] | None = None) -> Looking[list[float]]:  # fmt: skip
+    """The sizes of one column at these ranks, counted from the smallest, which has rank 0.
+
+    `sample` (1, entries) has some sizes in the order of the tensor, if they are known already.
+    """
     cuts = yield from _Ranking(problem, quantity, arguments or {}).cuts(
-        [(0, problem.elements - rank) for rank in ranks]
+        [(0, problem.elements - rank) for rank in ranks], None if sample is None else keys_of(sample)
     )
     return [cut.threshold for cut in cuts]
 
@@ -332,15 +335,16 @@ class _Ranking:
         """The dtype of the sizes."""
         return self.quantity.dtype or self.problem.work
 
-    def cuts(self, wanted: Sequence[tuple[int, int]]) -> Looking[list[Cut]]:
-        """The cut of every (column, k), k from 1 to the number of elements."""
+    def cuts(self, wanted: Sequence[tuple[int, int]], sample: NDArray[np.int64] | None = None) -> Looking[list[Cut]]:
+        """The cut of every (column, k), k from 1 to the number of elements. A tensor of one unit is its own sample."""
         if not wanted:
             return []
         n, unit, work = self.problem.elements, self.problem.grain.unit, self.work
         sizes = np.full(self.problem.units, unit, np.int64)
         sizes[-1] -= self.problem.units * unit - n
         searches = [Search(column, k, sizes, work) for column, k in wanted]
-        sample = yield from self.sample()
+        if sample is None or self.problem.units == 1:
+            sample = yield from self.sample()
         if self.problem.units == 1:
             for search in searches:
                 search.pick(sample[search.column], np.arange(n), unit, work)

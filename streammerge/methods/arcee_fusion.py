@@ -17,7 +17,9 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from streammerge.kernels import series
@@ -26,17 +28,18 @@ from streammerge.kernels.contract import Argument, Arguments, Look, Measuring, M
 from streammerge.kernels.cut import Quantity, looks_at_everything, magnitude, order_statistics
 
 _SMOOTHING = 1e-8
-# In a wide row deltas differ by more than this, or entries of the base by more than series.exp takes.
-_NEAR = 0.125
 _EAGER_ELEMENTS = 16384
+# One entry of so many, which are other columns in every row, tells where the quartiles will lie; of so many at most.
+_SAMPLED, _LARGEST_SAMPLE = 61, 1 << 18
 
 
 def divergence(tile: Tile, arguments: Arguments) -> Tensor:
     """(units, rows) float64: KL(p ‖ q) of each row's softmax p in the model and q in the base; NaN for a wide row.
 
     With t = (p − q) / (q + 1e-8) it is Σ (q + 1e-8) [(1 + t) ln(1 + t) − t], as p and q have the same sum: no term is
-    negative. p − q = q (e^d − 1), where d = ln p − ln q = δ − ln Σ q e^δ. δ is counted from the largest of the row,
-    which is nothing on paper, and leaves none for a row that is moved as a whole.
+    negative. p − q = q (e^δ / Σ q e^δ − 1) = q (E − S) / (1 + S) with E = e^δ − 1 and S = Σ q E. δ is counted from the
+    largest of the row, which is nothing on paper, and leaves none for a row that is moved as a whole. In a wide row
+    deltas or entries of the base differ by more than the series take.
     """
     assert tile.base is not None
     if torch.compiler.is_compiling() or not tile.base.is_cpu:
@@ -51,13 +54,25 @@ def divergence(tile: Tile, arguments: Arguments) -> Tensor:
 def _near_divergence(base: Tensor, model: Tensor) -> Tensor:
     base, delta, low = _rows(base, model)
     largest = base.amax(-1, keepdim=True)
-    powers = series.exp(base - largest)
-    q = powers / block_sum(powers)[..., None]
-    d = delta - series.log1p(block_sum(q * series.expm1(delta))[..., None])
-    smoothed = q + _SMOOTHING
-    found = block_sum(smoothed * series.entropy(q * series.expm1(d) / smoothed))
-    wide = (low < -_NEAR) | (base.amin(-1) < largest[..., 0] - series.EXP_REACH)
+    # As one tensor, that is there before it is summed: a compiled sum would work all of it out anew.
+    both = torch.stack([series.exp(base - largest), series.expm1(delta)], 1)
+    powers, grown = both[:, 0], both[:, 1]
+    share = 1 / block_sum(powers)[..., None]
+    mean = block_sum(powers * grown)[..., None] * share
+    q = powers * share
+    moved = q * ((grown - mean) * (1 / (1 + mean)))
+    t = moved / (q + _SMOOTHING)
+    # (q + 1e-8) times the entropy of t, which is t² times a series.
+    found = block_sum(moved * t * series.entropy_by_square(t))
+    wide = (low < -series.EXPM1_REACH) | (base.amin(-1) < largest[..., 0] - series.EXP_REACH)
     return torch.where(wide, float("nan"), found)
+
+
+def _look(tile: Tile, arguments: Arguments) -> Tensor:
+    """(units, rows + sample) float64: the divergence of every row, then |Δ| of every so manieth entry of the unit."""
+    (delta,) = tile.deltas()
+    sample = magnitude(delta.flatten(1)[:, ::_SAMPLED]).to(torch.float64)
+    return torch.cat([divergence(tile, arguments), sample], 1)
 
 
 def wide_divergence(tile: Tile, arguments: Arguments) -> Tensor:
@@ -78,8 +93,8 @@ def _rows(base: Tensor, model: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The base, the deltas counted from the largest of their row, which is 0 then, and the smallest of these."""
     base = base.to(torch.float64)
     delta = model.to(torch.float64) - base
-    delta = delta - delta.amax(-1, keepdim=True)
-    return base, delta, delta.amin(-1)
+    largest = delta.amax(-1, keepdim=True)
+    return base, delta - largest, delta.amin(-1) - largest[..., 0]
 
 
 def _softmax(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,7 +125,7 @@ def fused(tile: Tile, arguments: Arguments) -> Tensor:
 # In float32: products with deltas of float32 are then exact, and what is equal on paper, as the many equal deltas of
 # bf16 models, meets the threshold as on paper.
 _DIVERGENCES = Argument("divergence", ("any",), torch.float32)
-_LOOK = Program(divergence, by_width=True, eager_ns=50, compiled_ns=14)
+_LOOK = Program(_look, by_width=True, eager_ns=50, compiled_ns=7)
 _WIDE = Program(wide_divergence, by_width=True)
 IMPORTANCE = Quantity(
     importance,
@@ -134,28 +149,46 @@ _PROGRAM = Program(
 )
 
 
-def _divergences(problem: Problem) -> Generator[Look, Any, Tensor]:
-    """Those of all rows, float64."""
-    found = torch.cat((yield Look(_LOOK, {}, digest=_of_rows)))
+def _divergences(problem: Problem) -> Generator[Look, Any, tuple[Tensor, NDArray[np.float64]]]:
+    """Those of all rows, float64; and a sample of importances, in the order of the tensor."""
+    unit, width = problem.grain
+    assert width is not None
+    divergences = np.empty(problem.elements // width)
+    every = _SAMPLED * -(-problem.elements // (_SAMPLED * _LARGEST_SAMPLE))
+    # What a unit that is not full lacks stays at -1.
+    sampled = np.full((problem.units, -(-unit // every)), -1.0)
+
+    def digest(looked: Tensor, starts: Tensor) -> None:
+        """In the threads that compute: everything goes where it is kept."""
+        for unit_of, start in zip(looked.numpy(), starts[:, 0].tolist(), strict=True):
+            rows = min(unit, problem.elements - start) // width
+            divergences[start // width : start // width + rows] = unit_of[:rows]
+            some = unit_of[rows :: every // _SAMPLED]
+            sampled[start // unit, : len(some)] = some
+
+    yield Look(_LOOK, {}, digest=digest)
+    found = torch.from_numpy(divergences)
     wide = found.isnan()
     if bool(wide.any()):
-        unit, width = problem.grain
-        assert width is not None
         unit_of = torch.arange(len(found)) * width // unit
         units = torch.unique(unit_of[wide])
         # To read it all is quicker than to read most of it, unit by unit.
-        every = 2 * len(units) > problem.units
-        spans = None if every else tuple((i * unit, min(unit, problem.elements - i * unit)) for i in units.tolist())
+        all_of_it = 2 * len(units) > problem.units
+        spans = None if all_of_it else tuple((i * unit, min(unit, problem.elements - i * unit)) for i in units.tolist())
         others = torch.cat((yield Look(_WIDE, {}, spans, digest=_of_rows)))
-        found[wide] = others[wide if every else wide[torch.isin(unit_of, units)]]
-    return found
+        found[wide] = others[wide if all_of_it else wide[torch.isin(unit_of, units)]]
+    places = np.arange(problem.units)[:, None] * unit + np.arange(sampled.shape[1]) * every
+    there = sampled >= 0
+    sample = magnitude(torch.from_numpy(sampled[there]) * found[torch.from_numpy(places[there] // width)])
+    return found, sample.numpy()
 
 
 def _measure(problem: Problem) -> Measuring:
-    arguments = {"divergence": (yield from _divergences(problem)).to(torch.float32)}
+    divergences, sample = yield from _divergences(problem)
+    arguments = {"divergence": divergences.to(torch.float32)}
     last = problem.elements - 1
     low, median, high = yield from order_statistics(
-        problem, IMPORTANCE, [last // 4, last // 2, 3 * last // 4], arguments
+        problem, IMPORTANCE, [last // 4, last // 2, 3 * last // 4], arguments, sample[None]
     )
     return arguments | {"threshold": torch.tensor([median + 1.5 * (high - low)], dtype=torch.float64)}
 

@@ -31,7 +31,7 @@ from streammerge.plan.vocab import Vocabulary, listed
 from streammerge.storage.checkpoint import Checkpoint
 
 # Raised when a change alters the bytes of an output.
-FORMAT = 7
+FORMAT = 8
 
 
 @dataclass(frozen=True)
