@@ -175,9 +175,9 @@ def _run_by_rows(library: Library, program: Program, order: Library | None, sign
         if first is None or order is None:
             result = library(flatten(program, blocks, place, starts, keys, None, arguments))
         else:
-            with order.lend(flatten(first, blocks, None, starts, keys, None, arguments)) as ordered:
-                sort_rows(ordered, width)
-                result = library(flatten(program, blocks, place, starts, keys, ordered, arguments))
+            ordered = order(flatten(first, blocks, None, starts, keys, None, arguments))
+            sort_rows(ordered, width)
+            result = library(flatten(program, blocks, place, starts, keys, ordered, arguments))
         if out is not None and place is not None and unit != BLOCK:
             _units(out.view(units, unit))[:] = _units(place)[:, : unit * out.itemsize]
         return result

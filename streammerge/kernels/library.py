@@ -2,14 +2,13 @@
 
 torch's own loader holds Python's lock while a program runs, so that two threads take turns (2.7 ms a call on one
 thread, 2.6 on two, torch 2.13.0, 2026-11-24). ctypes lets the lock go. Tensors are handed over as views of their
-memory; what comes back is copied, or lent.
+memory; what comes back stays where it is.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,13 +38,10 @@ class Library:
         self._run, self._container, self._outputs = library.AOTInductorModelContainerRun, container, outputs.value
 
     def __call__(self, flat: Sequence[Tensor]) -> Tensor:
-        """The first result of the program, in memory of its own. Tensors are in the order it was exported with."""
-        with self.lend(flat) as result:
-            return result.clone()
+        """The first result of the program, in the memory it was written to, which goes with the tensor.
 
-    @contextmanager
-    def lend(self, flat: Sequence[Tensor]) -> Iterator[Tensor]:
-        """The same in the program's memory, which is gone afterwards."""
+        Tensors are in the order the program was exported with.
+        """
         torch_ = _torch()
         handles, results = (ctypes.c_void_p * len(flat))(), (ctypes.c_void_p * self._outputs)()
         for i, tensor in enumerate(flat):
@@ -56,11 +52,19 @@ class Library:
         )
         if failed:
             raise RuntimeError("a compiled program failed")
-        try:
-            yield torch_.tensor(results[0])
-        finally:
-            for result in results:
-                torch_.delete(result)
+        result: Tensor = torch_.tensor(_Handles(list(results)))
+        return result
+
+
+class _Handles:
+    """Results of a program, which lie in its memory as long as this is there."""
+
+    def __init__(self, handles: list[int]) -> None:
+        self.handles = handles
+
+    def __del__(self) -> None:
+        for handle in self.handles:
+            _torch().delete(handle)
 
 
 class _Torch:
@@ -85,11 +89,11 @@ class _Torch:
             raise RuntimeError("torch made no view of a tensor")
         return handle.value
 
-    def tensor(self, handle: int) -> Tensor:
-        """The numbers behind a handle, where they lie."""
+    def tensor(self, results: _Handles) -> Tensor:
+        """The numbers behind the first handle, where they lie; it has all of them for as long as it is there."""
         rank, code = ctypes.c_int64(), ctypes.c_int32()
         sizes, strides, data = _Int64s(), _Int64s(), ctypes.c_void_p()
-        tensor = ctypes.c_void_p(handle)
+        tensor = ctypes.c_void_p(results.handles[0])
         self._c.aoti_torch_get_dim(tensor, ctypes.byref(rank))
         self._c.aoti_torch_get_dtype(tensor, ctypes.byref(code))
         self._c.aoti_torch_get_sizes(tensor, ctypes.byref(sizes))
@@ -99,7 +103,8 @@ class _Torch:
         shape, steps = sizes[: rank.value], strides[: rank.value]
         extent = 1 + sum((size - 1) * step for size, step in zip(shape, steps, strict=True))
         assert data.value is not None
-        memory = (ctypes.c_char * (extent * dtype.itemsize)).from_address(data.value)
+        memory: Any = (ctypes.c_char * (extent * dtype.itemsize)).from_address(data.value)
+        memory.owner = results
         return torch.frombuffer(memory, dtype=dtype).as_strided(shape, steps)
 
     def delete(self, handle: int) -> None:
