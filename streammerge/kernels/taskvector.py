@@ -57,7 +57,7 @@ _RESCALE_BY = Param(
     "rescale_by", "to the sum of magnitudes (mass), or by 1/density", "mass", kind="text", choices=("mass", "density")
 )
 # Ranks are drawn, looked up and sorted: per element and model, compiled.
-_RANKED_NS = 5.0
+_RANKED_NS = 8.5
 # Deltas whose sum of magnitudes is smaller are not rescaled, as in mergekit.
 _SMALLEST_MASS = 1e-7
 _SMALLEST_WEIGHT_SUM = 1e-8

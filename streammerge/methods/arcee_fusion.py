@@ -29,8 +29,8 @@ from streammerge.kernels.cut import Quantity, looks_at_everything, magnitude, or
 
 _SMOOTHING = 1e-8
 _EAGER_ELEMENTS = 16384
-# One entry of so many, which are other columns in every row, tells where the quartiles will lie; of so many at most.
-_SAMPLED, _LARGEST_SAMPLE = 61, 1 << 18
+# One entry of so many, in other columns in every row as a rule, tells where the quartiles will lie; so many at most.
+_SAMPLED_EVERY, _LARGEST_SAMPLE = 61, 1 << 18
 
 
 def divergence(tile: Tile, arguments: Arguments) -> Tensor:
@@ -69,9 +69,9 @@ def _near_divergence(base: Tensor, model: Tensor) -> Tensor:
 
 
 def _look(tile: Tile, arguments: Arguments) -> Tensor:
-    """(units, rows + sample) float64: the divergence of every row, then |Δ| of every so manieth entry of the unit."""
+    """(units, rows + sample) float64: the divergence of every row, then |Δ| of some entries of the unit."""
     (delta,) = tile.deltas()
-    sample = magnitude(delta.flatten(1)[:, ::_SAMPLED]).to(torch.float64)
+    sample = magnitude(delta.flatten(1)[:, ::_SAMPLED_EVERY]).to(torch.float64)
     return torch.cat([divergence(tile, arguments), sample], 1)
 
 
@@ -154,7 +154,7 @@ def _divergences(problem: Problem) -> Generator[Look, Any, tuple[Tensor, NDArray
     unit, width = problem.grain
     assert width is not None
     divergences = np.empty(problem.elements // width)
-    every = _SAMPLED * -(-problem.elements // (_SAMPLED * _LARGEST_SAMPLE))
+    every = _SAMPLED_EVERY * -(-problem.elements // (_SAMPLED_EVERY * _LARGEST_SAMPLE))
     # What a unit that is not full lacks stays at -1.
     sampled = np.full((problem.units, -(-unit // every)), -1.0)
 
@@ -163,7 +163,7 @@ def _divergences(problem: Problem) -> Generator[Look, Any, tuple[Tensor, NDArray
         for unit_of, start in zip(looked.numpy(), starts[:, 0].tolist(), strict=True):
             rows = min(unit, problem.elements - start) // width
             divergences[start // width : start // width + rows] = unit_of[:rows]
-            some = unit_of[rows :: every // _SAMPLED]
+            some = unit_of[rows :: every // _SAMPLED_EVERY]
             sampled[start // unit, : len(some)] = some
 
     yield Look(_LOOK, {}, digest=digest)
