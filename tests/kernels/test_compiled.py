@@ -17,8 +17,10 @@ from torch import Tensor
 
 from streammerge.kernels import compiled
 from streammerge.kernels.compiled import Cache, Signature, compiler_missing, default_cache
-from streammerge.kernels.contract import Arguments, Program, Tile
+from streammerge.kernels.contract import BLOCK, Arguments, Program, Tile
+from streammerge.kernels.cut import MAGNITUDES
 from streammerge.methods import METHODS
+from streammerge.run.memory import usage
 from tests.methods.cases import make_case, settings_of
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -153,6 +155,25 @@ def test_a_program_that_comes_out_otherwise_is_not_used(cache: Cache) -> None:
     assert reason is not None
     assert "_other_bits_compiled() gives other bits compiled than eagerly" in reason
     assert list(cache.directory.iterdir()) == []
+
+
+@pytest.mark.skipif(compiler_missing() is not None, reason="needs a C++ compiler")
+def test_a_result_lasts_as_long_as_it_is_held(cache: Cache) -> None:
+    signature = Signature(F32, (BF16, BF16), True, None)
+    assert cache.build([(MAGNITUDES.fetching, signature)]) is None
+    run = cache.load(MAGNITUDES.fetching, signature, 1)
+    assert run is not None
+    base = torch.zeros(8, BLOCK, dtype=BF16)
+    models = [torch.full((8, BLOCK), float(i), dtype=BF16) for i in range(4)]
+    found = [run([base, model], None, None, None, {}) for model in models]
+    assert [result.unique().tolist() for result in found] == [[0.0], [1.0], [2.0], [3.0]]
+    part = found[3][7, 0, 5:]
+    before = usage().own
+    for _ in range(200):
+        found = [run([base, models[1]], None, None, None, {})]
+    # One result is 2 MiB.
+    assert usage().own - before < 40 << 20
+    assert part.unique().tolist() == [3.0]
 
 
 @pytest.mark.skipif(compiler_missing() is not None, reason="needs a C++ compiler to come so far")
