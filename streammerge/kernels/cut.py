@@ -33,9 +33,9 @@ PIVOTS = 8
 # So few entries in the interval are fetched and sorted rather than counted again.
 COLLECT_AT_MOST = 1 << 17
 # A sample is of so many entries at least and at most; of one in `_SAMPLE_EVERY` where that lies between.
-_SMALLEST_SAMPLE, _LARGEST_SAMPLE, _SAMPLE_EVERY = 1 << 16, 1 << 18, 256
+_SMALLEST_SAMPLE, LARGEST_SAMPLE, _SAMPLE_EVERY = 1 << 16, 1 << 18, 256
 _SAMPLE_PIECE = 1024
-_SAMPLE_UNITS = 16
+_SAMPLE_PARTS = 16
 _SAMPLED_ROUNDS = 4
 # How many standard errors the threshold may lie from where a sample has it.
 _ERRORS = 3
@@ -245,8 +245,8 @@ class Search:
         share = self.wanted / max(1, total)
         # What one part of the tensor has may be unlike another: parts of the sample tell.
         value = ordered[min(count - 1, int(count * (1 - share)))]
-        shares = [np.mean(part >= value) for part in np.array_split(sample, _SAMPLE_UNITS)]
-        error = max((share * (1 - share) / count) ** 0.5, float(np.std(shares)) / (_SAMPLE_UNITS - 1) ** 0.5)
+        shares = [np.mean(part >= value) for part in np.array_split(sample, _SAMPLE_PARTS)]
+        error = max((share * (1 - share) / count) ** 0.5, float(np.std(shares)) / (_SAMPLE_PARTS - 1) ** 0.5)
         middle, reach = count * (1 - share), _ERRORS * count * error + 2
         first, last = int(middle - reach), int(middle + reach) + 1
         low = int(ordered[first]) if first > 0 else self.low
@@ -314,7 +314,7 @@ def order_statistics(problem: Problem, quantity: Quantity, ranks: Sequence[int],
                      sample: NDArray[np.floating[Any]] | None = None) -> Looking[list[float]]:  # fmt: skip
     """The sizes of one column at these ranks, counted from the smallest, which has rank 0.
 
-    `sample` (1, entries) has some sizes in the order of the tensor, if they are known already.
+    `sample` (1, entries) has some sizes in the order of the tensor; it must be given of a tensor that is cut by rows.
     """
     cuts = yield from _Ranking(problem, quantity, arguments or {}).cuts(
         [(0, problem.elements - rank) for rank in ranks], None if sample is None else keys_of(sample)
@@ -355,24 +355,21 @@ class _Ranking:
     def sample(self) -> Looking[NDArray[np.int64]]:
         """(columns, samples) keys in the order of the tensor; of a tensor of one unit, all of them."""
         n, grain = self.problem.elements, self.problem.grain
-        size = min(max(_SMALLEST_SAMPLE, n // _SAMPLE_EVERY // BLOCK * BLOCK), _LARGEST_SAMPLE)
+        size = min(max(_SMALLEST_SAMPLE, n // _SAMPLE_EVERY // BLOCK * BLOCK), LARGEST_SAMPLE)
         if self.problem.units == 1:
             spans: tuple[tuple[int, int], ...] = ((0, n),)
-        elif grain.width is None:
+        else:
+            # By rows only whole units are looked at: a sample of them is far more than is needed, and is given.
+            assert grain.width is None
             pieces = size // _SAMPLE_PIECE
             step = (n - _SAMPLE_PIECE) // (pieces - 1)
             spans = tuple((i * step, _SAMPLE_PIECE) for i in range(pieces))
-        else:
-            whole = n // grain.unit
-            chosen = sorted({i * (whole - 1) // (_SAMPLE_UNITS - 1) for i in range(_SAMPLE_UNITS)})
-            spans = tuple((unit * grain.unit, grain.unit) for unit in chosen)
         bounds = self.bounds([(column, 0, _above_all(self.work)) for column in range(self.columns)])
         answers = yield Look(self.quantity.sifting, bounds, spans, digest=_as_is)
         skip = 2 * self.quantity.searches
         sizes: Tensor = torch.cat([part.transpose(0, 1)[..., skip:].flatten(1) for part in answers], 1)
-        if self.problem.units == 1:
-            return keys_of(sizes[:, :n].numpy())
-        return keys_of(sizes[:, :: max(1, sizes.shape[1] // size)].contiguous().numpy())
+        # The last block is filled up with what is no size.
+        return keys_of(sizes[:, : sum(count for _, count in spans)].numpy())
 
     @property
     def columns(self) -> int:

@@ -52,19 +52,19 @@ class Library:
         )
         if failed:
             raise RuntimeError("a compiled program failed")
-        result: Tensor = torch_.tensor(_Handles(list(results)))
+        result: Tensor = torch_.tensor(_Handles(list(results), torch_))
         return result
 
 
 class _Handles:
     """Results of a program, which lie in its memory as long as this is there."""
 
-    def __init__(self, handles: list[int]) -> None:
-        self.handles = handles
+    def __init__(self, handles: list[int], torch_: _Torch) -> None:
+        self.handles, self._torch = handles, torch_
 
     def __del__(self) -> None:
         for handle in self.handles:
-            _torch().delete(handle)
+            self._torch.delete(handle)
 
 
 class _Torch:

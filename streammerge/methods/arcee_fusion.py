@@ -25,12 +25,12 @@ from torch import Tensor
 from streammerge.kernels import series
 from streammerge.kernels.blocksum import block_sum
 from streammerge.kernels.contract import Argument, Arguments, Look, Measuring, Method, Problem, Program, Tile
-from streammerge.kernels.cut import Quantity, looks_at_everything, magnitude, order_statistics
+from streammerge.kernels.cut import LARGEST_SAMPLE, Quantity, looks_at_everything, magnitude, order_statistics
 
 _SMOOTHING = 1e-8
 _EAGER_ELEMENTS = 16384
-# One entry of so many, in other columns in every row as a rule, tells where the quartiles will lie; so many at most.
-_SAMPLED_EVERY, _LARGEST_SAMPLE = 61, 1 << 18
+# One entry of so many, in other columns in every row as a rule, tells where the quartiles will lie.
+_SAMPLED_EVERY = 61
 
 
 def divergence(tile: Tile, arguments: Arguments) -> Tensor:
@@ -154,7 +154,7 @@ def _divergences(problem: Problem) -> Generator[Look, Any, tuple[Tensor, NDArray
     unit, width = problem.grain
     assert width is not None
     divergences = np.empty(problem.elements // width)
-    every = _SAMPLED_EVERY * -(-problem.elements // (_SAMPLED_EVERY * _LARGEST_SAMPLE))
+    every = _SAMPLED_EVERY * -(-problem.elements // (_SAMPLED_EVERY * LARGEST_SAMPLE))
     # What a unit that is not full lacks stays at -1.
     sampled = np.full((problem.units, -(-unit // every)), -1.0)
 

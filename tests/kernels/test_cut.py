@@ -233,6 +233,8 @@ def test_order_statistics_are_those_of_a_sort(shape: tuple[int, ...], by_rows: b
     problem = Problem(n, 1, Settings({}, {}), torch.float32, grain)
     ranks = [0, (n - 1) // 4, (n - 1) // 2, 3 * (n - 1) // 4, n - 1]
     memory = Memory([torch.zeros(shape), values], grain=grain)
-    found = memory.solve(order_statistics(problem, replace(MAGNITUDES, searches=len(ranks), by_width=by_rows), ranks))
+    quantity = replace(MAGNITUDES, searches=len(ranks), by_width=by_rows)
+    sample = values.abs().reshape(1, -1)[:, ::61].numpy() if by_rows else None
+    found = memory.solve(order_statistics(problem, quantity, ranks, sample=sample))
     assert found == values.abs().reshape(-1).sort().values[ranks].tolist()
     assert memory.full_looks <= 4
